@@ -1,0 +1,72 @@
+"""Statistics over the decisions that count. Masking is `torch.where`, never a product: 0 · NaN is NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+SumAcross = Callable[[Tensor], Tensor]  # sums a tensor over all processes
+
+EPSILON = 1e-8  # added to variances (OpenAI, lm-human-preferences)
+
+
+def identity(x: Tensor) -> Tensor:
+    """The `sum_across` of a single process."""
+    return x
+
+
+def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
+    """Σ x over the mask, as a scalar. x and mask have the same shape."""
+    return torch.where(mask, x, 0).sum()
+
+
+def masked_mean(x: Tensor, mask: Tensor, *, count: Tensor | float | None = None) -> Tensor:
+    """Σ x over the mask ÷ count, as a scalar; 0 where nothing counts.
+
+    count: decisions in the *whole optimizer step* across micro-batches and processes, by default those of this mask.
+    A mean of micro-batch means is not the mean: with four tokens here and one there, the lone token weighs four times.
+    """
+    total = mask.sum() if count is None else torch.as_tensor(count, device=x.device)
+    return masked_sum(x, mask) / torch.where(total > 0, total, 1)
+
+
+def masked_moments(x: Tensor, mask: Tensor, *, sum_across: SumAcross = identity) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, biased variance, count) over the mask and all processes.
+
+    Two reductions, first the mean, then the squared deviations from it: E[x²] − E[x]² loses all digits when the mean is
+    large. Without a single decision mean and variance are 0.
+    """
+    total, count = sum_across(torch.stack([masked_sum(x, mask), mask.sum().to(x.dtype)]))
+    mean = total / count.clamp(min=1)
+    variance = sum_across(masked_sum((x - mean) ** 2, mask)) / count.clamp(min=1)
+    return mean, variance, count
+
+
+def whiten(x: Tensor, mask: Tensor, *, sum_across: SumAcross = identity) -> Tensor:
+    """(x − mean) / √(variance + 1e-8) over the mask: zero mean, unit (biased) variance. Masked slots come back 0.
+
+    A single decision gives 0.
+    """
+    mean, variance, _ = masked_moments(x, mask, sum_across=sum_across)
+    return torch.where(mask, (x - mean) * torch.rsqrt(variance + EPSILON), 0)
+
+
+def unit_variance(x: Tensor, mask: Tensor, *, sum_across: SumAcross = identity) -> Tensor:
+    """(x − mean) / √(variance + 1e-8) + mean: unit variance, the mean kept. Masked slots come back 0.
+
+    The reward whitening of lm-human-preferences: rewards keep their sign on average, only their spread is fixed.
+    """
+    mean, variance, _ = masked_moments(x, mask, sum_across=sum_across)
+    return torch.where(mask, (x - mean) * torch.rsqrt(variance + EPSILON) + mean, 0)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, *, sum_across: SumAcross = identity) -> Tensor:
+    """1 − Var(returns − values) / Var(returns) over the mask: 1 is perfect, 0 no better than a constant.
+
+    0 where the returns do not vary.
+    """
+    _, residual, _ = masked_moments(returns - values, mask, sum_across=sum_across)
+    _, variance, _ = masked_moments(returns, mask, sum_across=sum_across)
+    return torch.where(variance > 0, 1 - residual / variance.clamp(min=torch.finfo(variance.dtype).tiny), 0)

@@ -1,0 +1,16 @@
+"""A user's mistake: one line that names the thing, the value and the way out; the commands exit with code 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Raised where user input enters: configuration, data, models, reward functions."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The sentence that offers the nearest known name, with a leading space, or nothing where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {near[0]}?" if near else ""

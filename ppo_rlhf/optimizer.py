@@ -1,0 +1,52 @@
+"""AdamW over a module's parameters, and its learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from ppo_rlhf.settings import OptimizerSettings
+
+__all__ = ["OptimizerSettings", "learning_rate", "make_optimizer", "set_learning_rate"]
+
+
+def make_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; weight decay on matrices and embeddings, not on norms and biases.
+
+    Norms and biases are told by their shape, one dimension, not by their names, which differ between architectures.
+    """
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+        fused=True,
+    )
+
+
+def learning_rate(settings: OptimizerSettings, step: int, num_steps: int) -> float:
+    """The learning rate of step 0, 1, …, num_steps − 1: a linear warm-up, then constant, linear or half a cosine to 0.
+
+    A function of the step alone, so that a resumed run needs no scheduler state.
+    """
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / (settings.warmup_steps + 1)
+    progress = (step - settings.warmup_steps) / max(1, num_steps - settings.warmup_steps)
+    if settings.schedule == "linear":
+        return settings.lr * (1 - progress)
+    if settings.schedule == "cosine":
+        return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return settings.lr
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Gives every parameter group the learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,111 @@
+"""Settings that several readers share, as frozen dataclasses; free of torch, so that `--help` starts at once.
+
+Each field's default names its source. `ppo_rlhf.update`, `ppo_rlhf.sampling` and `ppo_rlhf.optimizer` read them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ppo_rlhf.errors import UserError
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class PPOSettings:
+    """One PPO update: epochs × minibatches × micro-batches over a rollout (read by `ppo_rlhf.update`)."""
+
+    num_epochs: int = 4
+    """Passes over each rollout (Ziegler et al., 2019: 4; InstructGPT: 1)."""
+    num_minibatches: int = 1
+    """Optimizer steps an epoch; must divide the rows of a rollout (Ziegler et al., 2019: 1 for styles)."""
+    micro_batch_size: int | None = None
+    """Rows in one forward and backward, for memory alone: results do not depend on it. None: a whole minibatch."""
+    clip_range: float | None = 0.2
+    """ε of the clipped objective (Schulman et al., 2017); null for no clipping."""
+    dual_clip: float | None = None
+    """c > 1 bounds the loss of decisions with a negative advantage (Ye et al., 2020: 3); null for none."""
+    value_clip_range: float | None = 0.2
+    """Clip of the value's change (lm-human-preferences: 0.2); null for none."""
+    value_coef: float = 0.1
+    """Weight of the value loss (lm-human-preferences: 0.1; control: 0.5)."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    target_kl: float | None = None
+    """An update stops early, all processes together, when approx_kl exceeds 1.5 × this (Spinning Up); null: never."""
+    max_grad_norm: float = 1.0
+    """The gradient's norm over all parameters is clipped to this, once a step."""
+    normalize_minibatches: bool = False
+    """Whiten advantages in each minibatch as well (Stable-Baselines3's way), for comparisons."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_epochs", "num_minibatches"):
+            require(getattr(self, name) >= 1, f"ppo.{name}={getattr(self, name)} must be at least 1.")
+        micro = self.micro_batch_size
+        require(micro is None or micro >= 1, f"ppo.micro_batch_size={micro} must be at least 1, or null.")
+        for name in ("clip_range", "value_clip_range", "target_kl"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"ppo.{name}={value} must be above 0, or null.")
+        dual_clip = self.dual_clip
+        require(dual_clip is None or dual_clip > 1, f"ppo.dual_clip={dual_clip} must be above 1, or null.")
+        require(self.max_grad_norm > 0, f"ppo.max_grad_norm={self.max_grad_norm} must be above 0.")
+        require(self.value_coef >= 0, f"ppo.value_coef={self.value_coef} must not be negative.")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW and its learning rate over the steps of a run (read by `ppo_rlhf.optimizer`)."""
+
+    lr: float = 1e-5
+    """The highest learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """After the warm-up: constant, or down to 0 along a line or half a cosine."""
+    warmup_steps: int = 0
+    """The learning rate climbs linearly over so many first steps."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices alone: never on norms and biases."""
+    beta1: float = 0.9
+    """Decay of the gradient's running mean."""
+    beta2: float = 0.999
+    """Decay of the squared gradient's running mean."""
+    epsilon: float = 1e-5
+    """Adam's ε (lm-human-preferences, baselines: 1e-5)."""
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"optimizer.lr={self.lr} must be above 0.")
+        require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must not be negative.")
+        require(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay} must not be negative.")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)} must lie in [0, 1).")
+        require(self.epsilon > 0, f"optimizer.epsilon={self.epsilon} must be above 0.")
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How responses are sampled (read by `ppo_rlhf.sampling`)."""
+
+    max_new_tokens: int = 48
+    """A response that has not stopped by then is cut off."""
+    temperature: float = 1.0
+    """Logits are divided by it, here and wherever log-probabilities are computed (InstructGPT: 1.0)."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all. Truncation makes KL and the first ratio wrong: a warning says so."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens with this probability; 1 keeps all. The same warning."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Ids that end a response; empty: the tokenizer's eos token."""
+    batch_size: int = 256
+    """Rows decoded together, for memory alone: samples do not depend on it."""
+
+    def __post_init__(self) -> None:
+        require(self.max_new_tokens >= 1, f"sampling.max_new_tokens={self.max_new_tokens} must be at least 1.")
+        require(self.temperature > 0, f"sampling.temperature={self.temperature} must be above 0.")
+        require(self.top_k >= 0, f"sampling.top_k={self.top_k} must not be negative; 0 keeps all tokens.")
+        require(0 < self.top_p <= 1, f"sampling.top_p={self.top_p} must lie in (0, 1]; 1 keeps all tokens.")
+        require(self.batch_size >= 1, f"sampling.batch_size={self.batch_size} must be at least 1.")
