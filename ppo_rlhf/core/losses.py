@@ -147,7 +147,7 @@ def bradley_terry_loss(
     weight: Tensor | None = None,
     count: Count = None,
 ) -> Tensor:
-    """Mean of −log σ(chosen − rejected − margin): a pair's likelihood under Bradley and Terry (1952). All (N,) → scalar.
+    """Mean of −log σ(chosen − rejected − margin) (Bradley and Terry, 1952). All (N,) → scalar.
 
     margin: how much better the chosen one was found (Touvron et al., 2023, section 3.2.2). weight: of each pair, such
     as 1/C(K, 2) for the pairs of one ranking of K (Ouyang et al., 2022, eq. 1). count: pairs (or rankings) in the whole

@@ -1,0 +1,158 @@
+"""The command line. Everything heavy is imported inside the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from ppo_rlhf.config import PipelineConfig, PPOConfig, RewardConfig, SFTConfig
+from ppo_rlhf.errors import UserError, did_you_mean
+
+COMMANDS: dict[str, tuple[Any, str]] = {
+    "demo": (PipelineConfig, "The whole pipeline on the embedded task, with its outcome on the screen."),
+    "sft": (SFTConfig, "Supervised fine-tuning: demonstrations → policy."),
+    "reward": (RewardConfig, "Reward modelling: comparisons → reward model."),
+    "ppo": (PPOConfig, "PPO: prompts and a reward → tuned policy."),
+    "pipeline": (PipelineConfig, "The three stages in order."),
+    "report": (None, "Write report.html into a run's folder."),
+}
+TOY_CONFIG = Path(__file__).parent / "toy" / "pipeline.yaml"
+
+
+def entry_point() -> None:
+    """What the installed command calls."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs a command. → 0, or 2 after one line on stderr for a user's mistake, or 130 when interrupted."""
+    try:
+        return _run(_normalized(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; --resume with the same --output-dir goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
+
+
+def _run(argv: list[str]) -> int:
+    command = next((word for word in argv if not word.startswith("-")), None)
+    parser, known = _parser_for(command)
+    arguments = _parsed(parser, known, _with_default_config(argv, command))
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    given = parser.instantiate(arguments)[arguments.command]
+    if command == "report":
+        from ppo_rlhf.report import write_report
+
+        summary: dict[str, Any] = {"report": str(write_report(Path(given.run)))}
+        lines = [f"wrote {summary['report']}"]
+    else:
+        config_class = COMMANDS[arguments.command][0]
+        config = config_class(**{field.name: given[field.name] for field in fields(config_class)})
+        summary, lines = _train(arguments.command, config)
+    print(json.dumps(summary) if given.json else "\n".join(lines))
+    return 0
+
+
+def _train(command: str, config: Any) -> tuple[dict[str, Any], list[str]]:
+    """Runs a training command; → its summary, and what to tell of it."""
+    from ppo_rlhf.report import outcome_lines, write_report
+    from ppo_rlhf.run import is_main_process
+
+    if command == "sft":
+        from ppo_rlhf.train.sft import train
+    elif command == "reward":
+        from ppo_rlhf.train.reward_model import train
+    elif command == "ppo":
+        from ppo_rlhf.train.ppo import train
+    else:
+        from ppo_rlhf.pipeline import run as train
+
+    summary = train(config)
+    if "finished" in summary:
+        return summary, [f"{summary['finished']} is finished already; there is nothing to resume."]
+    if not is_main_process():
+        return summary, []
+    report = write_report(Path(summary["output_dir"]))
+    return summary, [*outcome_lines(Path(summary["output_dir"])), f"report: {report}"]
+
+
+def _parser_for(command: str | None) -> tuple[ArgumentParser, list[str]]:
+    """The parser, and the settings that the command knows. Only that command gets its arguments: help must be quick."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog="ppo-rlhf",
+        description="PPO for language models: supervised fine-tuning, reward model, PPO.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    subcommands = parser.add_subcommands(dest="command", required=False)
+    known: list[str] = []
+    for name, (config_class, help_text) in COMMANDS.items():
+        subparser = ArgumentParser(description=help_text, exit_on_error=False, allow_abbrev=False)
+        if name == command:
+            subparser.add_argument("--json", action="store_true", help="print the outcome as one object on one line")
+            if config_class is None:
+                subparser.add_argument("run", help="the run's folder")
+            else:
+                subparser.add_argument("--config", action="config", help="YAML file with any of these settings")
+                subparser.add_class_arguments(config_class, None)
+            known = [action.dest for action in subparser._actions]
+        subcommands.add_subcommand(name, subparser, help=help_text)
+    return parser, known
+
+
+def _parsed(parser: ArgumentParser, known: list[str], argv: list[str]) -> Namespace:
+    """The arguments. Raises UserError, one line, for what the parser refuses, with the nearest valid name."""
+    try:
+        return parser.parse_args(argv)
+    except argparse.ArgumentError as error:
+        cause = error.__cause__ or error.__context__
+        while cause is not None:  # a setting's own check says it best
+            if isinstance(cause, UserError):
+                raise cause from error
+            cause = cause.__cause__ or cause.__context__
+        message = " ".join(str(error).split())
+        names = re.findall(r"(?:option|arguments?:|[Kk]ey) ['\"]?-*([\w.]+)", message)
+        unknown = next((name for name in names if name not in known), None)
+        hint = did_you_mean(unknown, known) if unknown is not None else ""
+        raise UserError(message.rstrip(".") + "." + hint) from error
+
+
+def _normalized(argv: Sequence[str]) -> list[str]:
+    """Options with underscores, however they were typed; --resume and --json alone mean true."""
+    words = []
+    for index, word in enumerate(argv):
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            word = "--" + name[2:].replace("-", "_") + equals + value
+        words.append(word)
+        following = argv[index + 1] if index + 1 < len(argv) else ""
+        if word == "--resume" and following not in ("true", "false"):
+            words.append("true")
+    return words
+
+
+def _with_default_config(argv: list[str], command: str | None) -> list[str]:
+    """The demo's configuration, and that of a run being resumed, unless --config gives one."""
+    if command is None or any(word.split("=")[0] == "--config" for word in argv):
+        return argv
+    place = argv.index(command) + 1
+    config = TOY_CONFIG if command == "demo" else None
+    if "--resume" in argv and "--output_dir" in argv[:-1]:
+        saved = Path(argv[argv.index("--output_dir") + 1]) / "config.yaml"
+        config = saved if saved.exists() else config
+    return [*argv[:place], "--config", str(config), *argv[place:]] if config else argv

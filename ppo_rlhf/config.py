@@ -1,0 +1,237 @@
+"""The configurations of the stages, as frozen dataclasses free of torch; and reading and checking them.
+
+A stage's configuration is the YAML file of its `--config`, each field of which the command line can override.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ppo_rlhf.settings import OptimizerSettings, PPOSettings, SamplingSettings, require
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every training run has."""
+
+    output_dir: str | None = None
+    """The run folder; without it a fresh numbered one under runs/."""
+    seed: int = 0
+    """Everything random follows from it."""
+    resume: bool = False
+    """Go on from the last checkpoint in output_dir; start where there is none."""
+    eval_every: int = 100
+    """Steps between evaluations on held-out data; 0 evaluates at the start and the end alone."""
+    save_every: int = 100
+    """Steps between checkpoints; 0 saves none."""
+    keep_checkpoints: int = 2
+    """How many of the latest checkpoints stay."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Mixed precision of the forward passes, through Accelerate."""
+    log_with: tuple[str, ...] = ("tensorboard",)
+    """Accelerate's trackers: tensorboard, wandb, trackio, …"""
+    trust_remote_code: bool = False
+    """Let a model's own Python code run. Only for models whose code you have read."""
+
+    def __post_init__(self) -> None:
+        for name in ("eval_every", "save_every"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative.")
+        require(self.keep_checkpoints >= 1, f"keep_checkpoints={self.keep_checkpoints} must be at least 1.")
+
+
+@dataclass(frozen=True)
+class SupervisedConfig(RunConfig):
+    """What the two supervised stages share: passes over data in shuffled batches."""
+
+    num_epochs: float = 1.0
+    """Passes over the training data."""
+    batch_size: int = 32
+    """Examples of one optimizer step, over all processes."""
+    micro_batch_size: int | None = None
+    """Examples of one forward and backward, for memory alone; null: all of a process's share."""
+    max_grad_norm: float = 1.0
+    """The gradient's norm is clipped to this."""
+    eval_fraction: float = 0.05
+    """Share of the prompts held out for evaluation where eval_data is not given."""
+    keep_best: bool = True
+    """Save the model of the best evaluation, not the last one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.num_epochs > 0, f"num_epochs={self.num_epochs} must be above 0.")
+        require(self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1.")
+        micro = self.micro_batch_size
+        require(micro is None or micro >= 1, f"micro_batch_size={micro} must be at least 1, or null.")
+        require(self.max_grad_norm > 0, f"max_grad_norm={self.max_grad_norm} must be above 0.")
+        require(0 < self.eval_fraction < 1, f"eval_fraction={self.eval_fraction} must lie between 0 and 1.")
+
+
+@dataclass(frozen=True)
+class SFTConfig(SupervisedConfig):
+    """Supervised fine-tuning: demonstrations → policy (read by `ppo_rlhf.train.sft`)."""
+
+    policy: str = "gpt2"
+    """The language model to start from: a folder, a Hub name, or module:function returning (model, tokenizer)."""
+    data: str | None = None
+    """Demonstrations: rows with `prompt` and `completion`, or `text`. A file, folder, Hub name or module:function."""
+    eval_data: str | None = None
+    """Held-out demonstrations; null: a share of the data."""
+    max_length: int | None = None
+    """Longer demonstrations are cut on the right, and counted; null: none may exceed the model's context."""
+    optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=1e-5, schedule="cosine"))
+    """AdamW and its learning rate."""
+
+
+@dataclass(frozen=True)
+class RewardConfig(SupervisedConfig):
+    """Reward modelling: comparisons → reward model (read by `ppo_rlhf.train.reward_model`)."""
+
+    policy: str | None = None
+    """The policy that the reward model starts from, and whose mean score it is normalised to."""
+    data: str | None = None
+    """Comparisons: `prompt`, `chosen`, `rejected` [, `margin`], or `prompt`, `responses`, `ranks` (1 the best)."""
+    eval_data: str | None = None
+    """Held-out comparisons; null: a share of the data, split by prompt."""
+    gold: str | None = None
+    """module:function of the true reward where it is known: held-out accuracy is then against its order."""
+    language_model_coef: float = 0.0
+    """Weight of an auxiliary language-modelling loss on the compared texts, which regularises a small trunk."""
+    prompts: str | None = None
+    """Prompts to which the starting policy responds, for the normalisation; null: those of the data."""
+    normalization_prompts: int = 256
+    """So many of them: its responses to them get mean score 0 and standard deviation 1."""
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    """How those responses are sampled."""
+    optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=1e-5, schedule="linear"))
+    """AdamW and its learning rate (Ouyang et al., 2022: one epoch, 9e-6)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.normalization_prompts >= 2, "normalization_prompts must be at least 2.")
+        require(self.language_model_coef >= 0, f"language_model_coef={self.language_model_coef} must not be negative.")
+
+
+@dataclass(frozen=True)
+class MissingEOS:
+    """What a response earns that was cut off by the length limit."""
+
+    rule: Literal["none", "set", "subtract"] = "set"
+    """set: its score becomes `value` (Ziegler et al., 2019); subtract: `value` is taken off (TRL); none: neither."""
+    value: float = -1.0
+    """The score to set, or what to subtract."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.rule != "subtract" or self.value >= 0,
+            f"missing_eos.value={self.value} would reward a missing eos: rule subtract takes the value off the score.",
+        )
+
+
+@dataclass(frozen=True)
+class PPOConfig(RunConfig):
+    """PPO: prompts and a reward → tuned policy (read by `ppo_rlhf.train.ppo`)."""
+
+    policy: str | None = None
+    """The supervised policy to start from: a folder, a Hub name, or module:function."""
+    reference: str | None = None
+    """The frozen policy that KL is measured to; null: the policy as it starts."""
+    reward: str | None = None
+    """A reward model's folder, or module:function called as function(prompts, responses, **columns) -> scores."""
+    gold: str | None = None
+    """module:function of a true reward, or of a judge: logged, never trained on."""
+    prompts: str | None = None
+    """Rows with `prompt`; their other columns go to the reward function."""
+    eval_prompts: str | None = None
+    """Held-out prompts; null: a share of the prompts."""
+    eval_fraction: float = 0.1
+    """Share of the prompts held out where eval_prompts is not given."""
+    max_eval_prompts: int = 512
+    """At most so many held-out prompts are used."""
+    num_steps: int = 100
+    """Rollouts, each followed by one update."""
+    batch_size: int = 64
+    """Responses of one rollout, over all processes."""
+    value_model: Literal["shared", "separate"] = "shared"
+    """shared: a head on the policy's trunk. separate: a model that starts from the reward model, or from the policy."""
+    kl_coef: float = 0.05
+    """β of the KL penalty in the reward (Stiennon et al., 2020: 0.05), to start with where kl_target is given."""
+    kl_target: float | None = None
+    """Nats per response at which β is adapted to hold the KL (Ziegler et al., 2019: 6); null: β is fixed."""
+    kl_horizon: float = 10_000
+    """Episodes over which the adaptation acts (Ziegler et al., 2019)."""
+    gamma: float = 1.0
+    """Discount (lm-human-preferences: 1)."""
+    gae_lambda: float = 0.95
+    """λ of the advantage estimate (lm-human-preferences: 0.95)."""
+    whiten_rewards: bool = False
+    """Scale the shaped rewards of a rollout to unit variance (lm-human-preferences did)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    missing_eos: MissingEOS = field(default_factory=MissingEOS)
+    """What a response earns that was cut off."""
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    """How responses are sampled."""
+    ppo: PPOSettings = field(default_factory=PPOSettings)
+    """The update."""
+    optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=1e-5, schedule="linear"))
+    """AdamW and its learning rate over the rollouts."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_steps", "batch_size", "max_eval_prompts"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
+        require(0 < self.eval_fraction < 1, f"eval_fraction={self.eval_fraction} must lie between 0 and 1.")
+        require(self.kl_coef >= 0, f"kl_coef={self.kl_coef} must not be negative.")
+        require(self.kl_target is None or self.kl_target > 0, f"kl_target={self.kl_target} must be above 0, or null.")
+        require(self.kl_horizon > 0, f"kl_horizon={self.kl_horizon} must be above 0.")
+        for name in ("gamma", "gae_lambda"):
+            require(0 <= getattr(self, name) <= 1, f"{name}={getattr(self, name)} must lie in [0, 1].")
+        rest = self.batch_size % self.ppo.num_minibatches
+        require(
+            rest == 0,
+            f"batch_size={self.batch_size} does not divide into ppo.num_minibatches={self.ppo.num_minibatches}.",
+        )
+
+
+@dataclass(frozen=True)
+class ComparisonConfig:
+    """How a pipeline gets its comparisons: pairs sampled from the supervised policy and judged by a function."""
+
+    prompts: str | None = None
+    """Rows with `prompt`."""
+    annotator: str | None = None
+    """module:function called as function(prompts, responses, seed=…) -> rows of prompt, chosen, rejected."""
+    num_prompts: int = 1000
+    """Prompts to sample for; they repeat where there are fewer."""
+    responses_per_prompt: int = 2
+    """Responses sampled for each (InstructGPT: 4 to 9)."""
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    """How they are sampled."""
+
+    def __post_init__(self) -> None:
+        require(self.num_prompts >= 1, f"comparisons.num_prompts={self.num_prompts} must be at least 1.")
+        require(
+            self.responses_per_prompt >= 2,
+            f"comparisons.responses_per_prompt={self.responses_per_prompt} must be at least 2.",
+        )
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """The three stages in order. Paths between stages, seed and folders are filled in where they are null."""
+
+    output_dir: str | None = None
+    """Holds a run folder a stage; without it a fresh numbered folder under runs/."""
+    seed: int = 0
+    """The stages' seed."""
+    resume: bool = False
+    """Go on where an earlier run of this folder ended."""
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    """Supervised fine-tuning."""
+    comparisons: ComparisonConfig = field(default_factory=ComparisonConfig)
+    """Comparisons of the supervised policy's samples; unused where reward.data is given."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """Reward modelling."""
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    """PPO."""

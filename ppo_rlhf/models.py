@@ -1,0 +1,191 @@
+"""Loading and saving of transformers models and tokenizers, and the conventions that all of ours share.
+
+Every model gets position ids counted from the attention mask (GPT-2 is wrong under left padding without them), and
+every tokenizer a pad token of its own that is never eos: masks come from generation and lengths, but people who load our
+folders with plain transformers infer them from pads.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from ppo_rlhf.errors import UserError
+from ppo_rlhf.references import is_reference, load_object
+
+PAD_TOKEN = "<|pad|>"
+
+
+def load_policy(
+    source: str, *, setting: str, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in float32 with its tokenizer, which has eos and a pad token of its own, left padding.
+
+    source: a folder, a name on the Hub, or `module:function` that returns (model, tokenizer). Raises UserError when it
+    cannot be loaded or the tokenizer has no eos token.
+    """
+    transformers_logging.disable_progress_bar()
+    if is_reference(source):
+        model, tokenizer = load_object(source)()
+    else:
+        model = _load(AutoModelForCausalLM, source, setting, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(source, setting=setting, trust_remote_code=trust_remote_code)
+    return model, tokenizer_with_pad(model, tokenizer, setting=setting)
+
+
+def load_tokenizer(source: str, *, setting: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or a Hub name. Raises UserError when it cannot be loaded."""
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise UserError(f"{setting}: the tokenizer of {source} cannot be loaded: {_first_line(error)}") from error
+
+
+def load_classifier(source: str, *, setting: str) -> PreTrainedModel:
+    """A sequence classifier with one output, in float32: a trained reward model, or a model with a new head."""
+    model = _load(AutoModelForSequenceClassification, source, setting, num_labels=1)
+    if model.config.num_labels != 1:
+        raise UserError(f"{setting}: {source} has {model.config.num_labels} outputs; a reward model has one.")
+    return model
+
+
+def _load(factory: Any, source: str, setting: str, **options: Any) -> PreTrainedModel:
+    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
+    if looks_like_path and not Path(source).is_dir():
+        raise UserError(f"{setting}: there is no folder {source}.")
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # a new head reported as missing is what we ask for
+    try:
+        return factory.from_pretrained(source, dtype=torch.float32, **options)
+    except Exception as error:
+        raise UserError(f"{setting}: {source} cannot be loaded as a model: {_first_line(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def tokenizer_with_pad(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, setting: str
+) -> PreTrainedTokenizerBase:
+    """The tokenizer with left padding and a pad token that is not eos; the model's embeddings grow where they must.
+
+    Raises UserError for a tokenizer without eos, without which no response could ever stop.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{setting}: the tokenizer has no eos token, so no response could stop; set one: tokenizer.eos_token = …"
+        )
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer
+
+
+def save_policy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    temperature: float = 1.0,
+    stop_ids: list[int] | None = None,
+) -> None:
+    """A folder that plain transformers loads: safetensors, tokenizer, and generation settings that sample as we do."""
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=stop_ids or [tokenizer.eos_token_id],
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def frozen_copy(model: nn.Module) -> Any:
+    """A copy that no optimizer can move: the reference policy. In evaluation mode."""
+    clone = copy.deepcopy(model)
+    return clone.requires_grad_(False).eval()
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every dropout probability to 0, so that the same tokens always get the same log-probabilities.
+
+    The modules of attention keep theirs as plain numbers beside nn.Dropout.
+    """
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            probability = name.endswith("dropout") or (name == "p" and isinstance(module, nn.Dropout))
+            if probability and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; afterwards the mode that was."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+def position_ids_of(mask: Tensor) -> Tensor:
+    """Positions counted over the real tokens, 0 on padding before them. mask (B, S) bool → (B, S) int64."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def model_inputs(model: nn.Module, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+    """Keyword arguments for a forward over padded ids: attention mask, and position ids for models that take them.
+
+    Padding ids are replaced by 0, so that the id of padding cannot matter, nor be outside the vocabulary.
+    """
+    inputs: dict[str, Any] = {"input_ids": torch.where(mask, ids, 0), "attention_mask": mask.long()}
+    if takes_position_ids(model):
+        inputs["position_ids"] = position_ids_of(mask)
+    return inputs
+
+
+def right_padded(encoded: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """ids, mask (N, S) of texts of different lengths; padding is id 0 behind them, which the mask makes harmless."""
+    width = max(len(line) for line in encoded)
+    ids = torch.zeros(len(encoded), width, dtype=torch.int64)
+    mask = torch.zeros(len(encoded), width, dtype=torch.bool)
+    for row, line in enumerate(encoded):
+        ids[row, : len(line)] = torch.tensor(line)
+        mask[row, : len(line)] = True
+    return ids.to(device), mask.to(device)
+
+
+def takes_position_ids(model: nn.Module) -> bool:
+    """Whether the model's forward has a `position_ids` argument (ALiBi models have none)."""
+    return "position_ids" in inspect.signature(getattr(model, "module", model).forward).parameters
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """The longest sequence the model can read, in tokens."""
+    return getattr(model.config, "max_position_embeddings", None) or 2**31
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

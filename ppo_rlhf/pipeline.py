@@ -1,0 +1,135 @@
+"""The three stages in order: demonstrations ► policy ► comparisons of its samples ► reward model ► PPO."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ppo_rlhf.config import PipelineConfig
+from ppo_rlhf.data import load_rows, stream
+from ppo_rlhf.errors import UserError
+from ppo_rlhf.models import context_length, load_policy
+from ppo_rlhf.prompts import Prompts
+from ppo_rlhf.references import is_reference, load_object
+from ppo_rlhf.run import gathered, is_finished, make_accelerator, new_folder, share_of, write_config, write_text
+from ppo_rlhf.sampling import sample
+from ppo_rlhf.seeding import uniform_rows
+from ppo_rlhf.train import ppo, reward_model, sft
+
+
+def run(config: PipelineConfig) -> dict[str, Any]:
+    """Runs the stages, each in a run folder of its own inside the pipeline's; → the summary of all.
+
+    A finished stage is not run again when the pipeline is resumed. Raises UserError for a mistake in any stage's
+    configuration that can be seen before the first stage starts.
+    """
+    folder = new_folder(config.output_dir, "pipeline", resume=config.resume)
+    if is_finished(folder):
+        return {"finished": str(folder)}
+    config = filled_in(config, folder)
+    check_references(asdict(config))
+
+    sft.train(config.sft)
+    write_config(folder, config)
+    if config.comparisons.annotator is not None:
+        compare(config, folder)
+    reward_model.train(config.reward)
+    ppo.train(config.ppo)
+
+    stages = {name: json.loads((folder / name / "summary.json").read_text()) for name in ("sft", "reward", "ppo")}
+    seconds = {name: summary.pop("seconds") for name, summary in stages.items()}
+    summary: dict[str, Any] = {**stages, "seconds": seconds}
+    comparisons = folder / "comparisons.json"
+    if comparisons.exists():
+        summary["comparisons"] = json.loads(comparisons.read_text())
+        seconds["comparisons"] = summary["comparisons"].pop("seconds")
+    write_text(folder / "summary.json", json.dumps(summary, indent=1))
+    return summary | {"output_dir": str(folder)}
+
+
+def filled_in(config: PipelineConfig, folder: Path) -> PipelineConfig:
+    """The configuration with each stage's folder and seed, and each stage's inputs from the stage before."""
+    common = {"seed": config.seed, "resume": config.resume}
+    policy = str(folder / "sft" / "policy")
+    comparisons = None if config.comparisons.annotator is None else str(folder / "comparisons.jsonl")
+    return replace(
+        config,
+        output_dir=str(folder),
+        sft=replace(config.sft, output_dir=str(folder / "sft"), **common),
+        reward=replace(
+            config.reward,
+            output_dir=str(folder / "reward"),
+            policy=config.reward.policy or policy,
+            data=config.reward.data or comparisons,
+            **common,
+        ),
+        ppo=replace(
+            config.ppo,
+            output_dir=str(folder / "ppo"),
+            policy=config.ppo.policy or policy,
+            reward=config.ppo.reward or str(folder / "reward" / "reward_model"),
+            **common,
+        ),
+    )
+
+
+def check_references(settings: dict[str, Any]) -> None:
+    """Raises UserError for a Python object named anywhere in the configuration that cannot be found."""
+    for value in settings.values():
+        if isinstance(value, dict):
+            check_references(value)
+        elif isinstance(value, str) and is_reference(value):
+            load_object(value)
+
+
+def compare(config: PipelineConfig, folder: Path) -> None:
+    """Samples responses of the supervised policy and has them judged: comparisons.jsonl; once a pipeline."""
+    target = folder / "comparisons.jsonl"
+    if target.exists():
+        return
+    started = time.monotonic()
+    settings, policy_folder = config.comparisons, str(folder / "sft" / "policy")
+    if settings.prompts is None:
+        raise UserError("comparisons.prompts is not set: rows with a column `prompt`.")
+    accelerator = make_accelerator(folder, precision=config.ppo.precision, log_with=())
+    policy, tokenizer = load_policy(policy_folder, setting="sft")
+    policy.to(accelerator.device)
+    longest = context_length(policy) - settings.sampling.max_new_tokens
+    rows = load_rows(settings.prompts, required=("prompt",), setting="comparisons.prompts")
+    prompts = Prompts(rows, tokenizer, longest=longest, setting="comparisons.prompts")
+    chosen = stream(len(prompts), 0, settings.num_prompts, config.seed).tolist()
+    numbers = list(range(len(chosen)))[share_of(len(chosen), accelerator)]
+    responses: list[list[str]] = [[] for _ in numbers]
+    batch = prompts.batch([chosen[number] for number in numbers], accelerator.device)
+    for repeat in range(settings.responses_per_prompt):
+        noise = uniform_rows(numbers, settings.sampling.max_new_tokens, config.seed, "comparison", repeat)
+        for texts, text in zip(
+            responses, sample(policy, tokenizer, batch, settings.sampling, noise).texts, strict=True
+        ):
+            texts.append(text)
+    pairs = gathered(list(zip(batch.texts, responses, strict=True)))
+    judged = load_object(str(settings.annotator))([p for p, _ in pairs], [r for _, r in pairs], seed=config.seed)
+    if accelerator.is_main_process:
+        statistics = {
+            "count": len(judged),
+            "disagreement": disagreement(judged),
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        write_text(folder / "comparisons.json", json.dumps(statistics))
+        write_text(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in judged))
+    accelerator.wait_for_everyone()
+
+
+def disagreement(rows: Sequence[dict[str, Any]]) -> float | None:
+    """Share of the pairs judged more than once on which the judges differ; None where none was."""
+    choices: dict[tuple[str, frozenset[str]], list[str]] = defaultdict(list)
+    for row in rows:
+        if "chosen" in row:
+            choices[row["prompt"], frozenset((row["chosen"], row["rejected"]))].append(row["chosen"])
+    repeated = [judged for judged in choices.values() if len(judged) > 1]
+    return sum(len(set(judged)) > 1 for judged in repeated) / len(repeated) if repeated else None

@@ -1,0 +1,58 @@
+"""Python objects named in a configuration: `package.module:name` or `path/to/file.py:name`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from ppo_rlhf.errors import UserError, did_you_mean
+
+
+def is_reference(value: str) -> bool:
+    """Whether the value names a Python object, not a file or a model: `something:name` with a valid name."""
+    module, colon, name = value.rpartition(":")
+    return bool(colon) and bool(module) and name.isidentifier() and not os.path.exists(value)
+
+
+def load_object(reference: str) -> Any:
+    """The object that `module:name` or `file.py:name` names; the present folder counts as importable.
+
+    Raises UserError when the module or the name cannot be found, or the module raises on import.
+    """
+    location, _, name = reference.rpartition(":")
+    module = _from_file(Path(location), reference) if location.endswith(".py") else _from_name(location, reference)
+    if not hasattr(module, name):
+        raise UserError(f"{reference}: {location} has no {name}.{did_you_mean(name, vars(module))}")
+    return getattr(module, name)
+
+
+def _from_file(path: Path, reference: str) -> Any:
+    if not path.is_file():
+        raise UserError(f"{reference}: there is no file {path}.")
+    name = f"ppo_rlhf_user_{path.resolve().stem}_{abs(hash(path.resolve()))}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise UserError(f"{reference}: importing {path} raised {type(error).__name__}: {error}") from error
+    return module
+
+
+def _from_name(name: str, reference: str) -> Any:
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise UserError(f"{reference}: importing {name} raised {type(error).__name__}: {error}") from error

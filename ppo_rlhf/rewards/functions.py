@@ -1,0 +1,66 @@
+"""The reward protocol, and the checks on what comes back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ppo_rlhf.errors import UserError
+from ppo_rlhf.references import is_reference, load_object
+from ppo_rlhf.rewards.model import RewardModel
+
+
+class RewardFunction(Protocol):
+    """Texts in, one score a response out; the prompts' other columns come as keyword arguments."""
+
+    def __call__(self, prompts: list[str], responses: list[str], **columns: Any) -> Sequence[float] | Tensor: ...
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the responses earned."""
+
+    total: Tensor  # (B,) float32, what PPO maximises
+    parts: dict[str, Tensor]  # name → (B,) what it is made of, for the logs
+
+
+def load_reward(source: str, *, setting: str, device: torch.device | str = "cpu") -> RewardFunction:
+    """A reward from a reward model's folder, or from `module:function`. Raises UserError when there is neither."""
+    if not is_reference(source):
+        return RewardModel.load(source, setting=setting, device=device)
+    function = load_object(source)
+    if not callable(function):
+        raise UserError(f"{setting}: {source} is not a function, but {type(function).__name__}.")
+    return function
+
+
+def score(reward: RewardFunction, prompts: list[str], responses: list[str], columns: dict[str, list[Any]]) -> Scores:
+    """Calls the reward and checks its answer: one finite number a response.
+
+    Raises UserError that says what came instead, or what the function raised.
+    """
+    name = getattr(reward, "__name__", type(reward).__name__)
+    try:
+        answer = reward(prompts, responses, **columns)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"reward function {name} raised {type(error).__name__}: {error}") from error
+    try:
+        values = [float(value) for value in answer]
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"reward function {name} must return numbers, one a response; it returned {answer!r}."
+        ) from error
+    if len(values) != len(responses):
+        raise UserError(f"reward function {name} returned {len(values)} scores for {len(responses)} responses.")
+    for value, prompt, response in zip(values, prompts, responses, strict=True):
+        if not math.isfinite(value):
+            raise UserError(f"reward function {name} returned {value} for prompt {prompt!r}, response {response!r}.")
+    total = torch.tensor(values, dtype=torch.float32)
+    return Scores(total, {name: total})

@@ -1,0 +1,132 @@
+"""A reward model: a transformer with one score for a prompt and its response, read at the last token.
+
+It is a plain sequence classifier to transformers. Its normalisation lives in its config as `reward_mean` and
+`reward_scale`, which plain transformers does not apply: score = (raw − mean) / scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ppo_rlhf.errors import UserError
+from ppo_rlhf.models import (
+    context_length,
+    evaluating,
+    load_classifier,
+    load_tokenizer,
+    model_inputs,
+    right_padded,
+    tokenizer_with_pad,
+)
+
+
+class ScoringNetwork(nn.Module):
+    """The transformer and its score head, as a module that can be trained and sharded."""
+
+    def __init__(self, classifier: PreTrainedModel) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """ids, mask (N, S) → raw scores (N,) float32, and the last hidden states (N, S, d).
+
+        The score is read at the last position of the mask, never at the last id that is not a pad: a prompt may well
+        contain that id.
+        """
+        trunk = self.classifier.base_model
+        hidden = trunk(**model_inputs(trunk, ids, mask), use_cache=False).last_hidden_state
+        positions = torch.arange(mask.shape[1], device=mask.device)
+        last = torch.where(mask, positions, 0).max(dim=1).values
+        scores = self.classifier.score(hidden[torch.arange(len(ids), device=ids.device), last])
+        return scores.squeeze(-1).float(), hidden
+
+
+class RewardModel:
+    """Scores texts, with a tokenizer of its own, so that a policy of another vocabulary can be scored as well.
+
+    It is a reward function: `reward_model(prompts, responses) -> scores`, normalised.
+    """
+
+    def __init__(
+        self, classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 64
+    ) -> None:
+        """batch_size: texts scored together, for memory alone."""
+        self.network = ScoringNetwork(classifier)
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.__name__ = "reward_model"
+
+    @classmethod
+    def load(cls, source: str | Path, *, setting: str, device: torch.device | str = "cpu") -> RewardModel:
+        """A saved reward model, or a language model with a new head. Raises UserError when it cannot be loaded."""
+        classifier = load_classifier(str(source), setting=setting)
+        tokenizer = load_tokenizer(str(source), setting=setting)
+        return cls(classifier.to(device), tokenizer_with_pad(classifier, tokenizer, setting=setting))
+
+    def save(self, folder: Path) -> None:
+        """A folder that transformers loads as a sequence classifier, and `load` with its normalisation."""
+        self.classifier.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    @property
+    def classifier(self) -> PreTrainedModel:
+        """The plain transformers model."""
+        return self.network.classifier
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.classifier.score.weight.device
+
+    @property
+    def mean(self) -> float:
+        """Raw score that counts as 0."""
+        return float(getattr(self.classifier.config, "reward_mean", 0.0))
+
+    @property
+    def scale(self) -> float:
+        """Raw difference that counts as 1."""
+        return float(getattr(self.classifier.config, "reward_scale", 1.0))
+
+    def set_normalization(self, mean: float, scale: float) -> None:
+        """Makes later scores (raw − mean) / scale; saved with the model's config."""
+        self.classifier.config.reward_mean = mean
+        self.classifier.config.reward_scale = scale
+
+    def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
+        """Token ids of prompt + response + eos, the two encoded apart so that their border is always a token border.
+
+        What does not fit in the context is cut from the prompt's beginning. Raises UserError for a response that alone
+        does not fit.
+        """
+        prompt_ids = self.tokenizer(list(prompts))["input_ids"]
+        response_ids = self.tokenizer(list(responses), add_special_tokens=False)["input_ids"]
+        longest = context_length(self.classifier)
+        encoded = []
+        for prompt, response in zip(prompt_ids, response_ids, strict=True):
+            room = longest - len(response) - 1
+            if room < 0:
+                raise UserError(f"a response of {len(response)} tokens does not fit the reward model's {longest}.")
+            encoded.append([*prompt[max(0, len(prompt) - room) :], *response, int(self.tokenizer.eos_token_id)])
+        return encoded
+
+    @torch.no_grad()
+    def raw_scores(self, encoded: Sequence[Sequence[int]]) -> Tensor:
+        """Scores before normalisation, (N,) float32; no dropout acts. Texts of like length are scored together."""
+        scores = torch.zeros(len(encoded))
+        by_length = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+        with evaluating(self.network):
+            for start in range(0, len(encoded), self.batch_size):
+                rows = by_length[start : start + self.batch_size]
+                scores[rows] = self.network(*right_padded([encoded[row] for row in rows], self.device))[0].cpu()
+        return scores
+
+    def __call__(self, prompts: list[str], responses: list[str], **columns: Any) -> Tensor:
+        """Normalised scores, (N,) float32."""
+        return (self.raw_scores(self.encode(prompts, responses)) - self.mean) / self.scale

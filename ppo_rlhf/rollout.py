@@ -1,0 +1,60 @@
+"""Prompts and responses evaluated: log-probabilities under policy and reference, and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ppo_rlhf.core import Evaluation
+from ppo_rlhf.policy import Inputs, response_logprobs
+from ppo_rlhf.prompts import PromptBatch
+from ppo_rlhf.sampling import Responses
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What PPO knows of its responses before they are scored."""
+
+    inputs: Inputs  # name → (B, …): the policy's keyword arguments
+    logprobs: Tensor  # (B, T) under the policy that sampled
+    ref_logprobs: Tensor  # (B, T) under the reference
+    values: Tensor  # (B, T+1), the last column 0: nothing follows a response
+    entropy: Tensor  # (B, T)
+    mask: Tensor  # (B, T)
+
+
+@torch.no_grad()
+def evaluate(
+    policy: Callable[..., Evaluation],
+    reference: PreTrainedModel,
+    prompts: PromptBatch,
+    responses: Responses,
+    *,
+    temperature: float,
+    batch_size: int,
+) -> Rollout:
+    """Evaluates the responses in batches, by the same forward that the update uses, so that its first ratio is 1."""
+    inputs = {
+        "prompt_ids": prompts.ids,
+        "prompt_mask": prompts.mask,
+        "response_ids": responses.ids,
+        "response_mask": responses.mask,
+    }
+    evaluations, ref_logprobs = [], []
+    for start in range(0, len(prompts), batch_size):
+        piece = {name: tensor[start : start + batch_size] for name, tensor in inputs.items()}
+        evaluations.append(policy(**piece))
+        ref_logprobs.append(response_logprobs(reference, piece, temperature=temperature))
+    values = torch.cat([evaluation.values for evaluation in evaluations])
+    return Rollout(
+        inputs=inputs,
+        logprobs=torch.cat([evaluation.logprobs for evaluation in evaluations]),
+        ref_logprobs=torch.cat(ref_logprobs),
+        values=torch.cat([values, values.new_zeros(len(values), 1)], dim=1),
+        entropy=torch.cat([evaluation.entropy for evaluation in evaluations]),
+        mask=responses.mask,
+    )

@@ -1,0 +1,119 @@
+"""Checkpoints: written beside, verified by checksums, and moved into place in one step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class LoopState:
+    """All that a resume needs besides weights, optimizer and the global generators, which Accelerate saves."""
+
+    step: int = 0  # steps completed
+    kl_coef: float = 0.0  # the adapted coefficient of the next step
+    before: dict[str, float] = field(default_factory=dict)  # the evaluation before the first step
+    after: dict[str, float] = field(default_factory=dict)  # the evaluation of the best model so far
+    best: float = -math.inf  # its quality, higher is better
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `folder` when all is on disk; an error changes nothing."""
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        seal(temporary)
+        discard = folder.with_name(f".{folder.name}.old")
+        if folder.exists():
+            folder.rename(discard)
+        temporary.rename(folder)
+        shutil.rmtree(discard, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def seal(folder: Path) -> None:
+    """Forces every file of the folder onto the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def save_checkpoint(folder: Path, state: LoopState, accelerator: Accelerator, *, keep: int) -> None:
+    """Saves weights, optimizer, generators and the loop's state; then removes all but the latest `keep` checkpoints."""
+    target = folder / f"step_{state.step:06d}"
+    temporary = folder / f".{target.name}.partial"
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary), safe_serialization=True)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (temporary / "loop.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
+        manifest = {str(path.relative_to(temporary)): checksum(path) for path in files_of(temporary)}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        seal(temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+        for old in checkpoints_in(folder)[:-keep]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(folder: Path, accelerator: Accelerator) -> LoopState | None:
+    """Loads the latest checkpoint whose files are whole; None where there is none."""
+    for path in reversed(checkpoints_in(folder)):
+        if is_whole(path):
+            accelerator.load_state(str(path))
+            return LoopState(**json.loads((path / "loop.json").read_text(encoding="utf-8")))
+        accelerator.print(f"checkpoint {path} is damaged; the one before it is used.")
+    return None
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if path.is_dir())
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether every file that the manifest names is there, byte for byte."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        return all(checksum(checkpoint / name) == expected for name, expected in manifest.items())
+    except (OSError, ValueError):
+        return False
+
+
+def files_of(folder: Path) -> list[Path]:
+    """All files below a folder, in a fixed order."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,228 @@
+"""The run folder: what a run was, what it measured, what it said, and how to go on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+
+from ppo_rlhf.errors import UserError
+from ppo_rlhf.run.checkpoints import LoopState, load_checkpoint, replaced_folder, save_checkpoint, write_text
+from ppo_rlhf.run.progress import StepProgress
+
+# What a resumed run may change: how long and how often, not what is trained.
+RESUMABLE = {
+    "output_dir",
+    "resume",
+    "num_steps",
+    "num_epochs",
+    "eval_every",
+    "save_every",
+    "keep_checkpoints",
+    "log_with",
+}
+LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
+
+
+def new_folder(output_dir: str | None, kind: str, *, resume: bool) -> Path:
+    """The folder for a run, not made yet: `output_dir`, or the first free runs/<kind>-0001.
+
+    Raises UserError for a folder that holds a run already, unless it is to be resumed.
+    """
+    if output_dir is None:
+        if resume:
+            raise UserError("--resume needs --output-dir: the folder of the run to go on with.")
+        number = 1
+        while Path(f"runs/{kind}-{number:04d}").exists():
+            number += 1
+        return Path(f"runs/{kind}-{number:04d}")
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir={output_dir} is a file, not a folder.")
+    if (folder / "config.yaml").exists() and not resume:
+        raise UserError(f"{folder} holds a run already; go on with it by --resume, or give another --output-dir.")
+    return folder
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in the folder came to its end."""
+    return (folder / "summary.json").exists()
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """The configuration of the run in the folder, None where there is none."""
+    path = folder / "config.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def write_config(folder: Path, config: Any) -> None:
+    """config.yaml: fully resolved, and accepted back by --config."""
+    settings = yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+    write_text(folder / "config.yaml", settings)
+
+
+class Run:
+    """One run folder being written. Only the main process writes; every process calls."""
+
+    def __init__(
+        self, folder: Path, config: Any, *, kind: str, accelerator: Accelerator, num_steps: int, started: float
+    ) -> None:
+        """Makes the folder, or takes up the run in it. started: time.monotonic() when the stage began.
+
+        Raises UserError where the folder's run was configured otherwise in what it trains.
+        """
+        self.folder = folder
+        self.config = config
+        self.accelerator = accelerator
+        self._started = started
+        settings = _plain(asdict(config))
+        _refuse_changes(read_config(folder), settings, folder)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_config(folder, config)
+            write_text(folder / "environment.json", json.dumps(_environment(config, kind, accelerator), indent=1))
+        accelerator.wait_for_everyone()
+        if accelerator.log_with:
+            accelerator.init_trackers(kind)
+        self.progress = StepProgress(kind, num_steps, enabled=accelerator.is_main_process)
+
+    def resume(self) -> LoopState | None:
+        """Loads the last good checkpoint and forgets what was logged after it; None where there is none."""
+        state = load_checkpoint(self.folder / "checkpoints", self.accelerator)
+        if self.accelerator.is_main_process:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                _keep_lines_until(self.folder / name, state.step if state else 0)
+        self.accelerator.wait_for_everyone()
+        return state
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl for a completed step, the same to the trackers, and to the eye."""
+        self._append("metrics.jsonl", [{"step": step, **metrics}])
+        self.accelerator.log({name: value for name, value in metrics.items() if math.isfinite(value)}, step=step)
+        self.progress.show(step, metrics)
+
+    def log_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Lines of samples.jsonl, each with its step."""
+        self._append("samples.jsonl", rows)
+
+    def save_checkpoint(self, state: LoopState) -> None:
+        """A checkpoint of all that was prepared by the accelerator, and the loop's state."""
+        save_checkpoint(self.folder / "checkpoints", state, self.accelerator, keep=self.config.keep_checkpoints)
+
+    def save_model(self, name: str, save: Callable[[Path], None]) -> Path:
+        """A `save_pretrained` folder of the run, written whole or not at all; → its path."""
+        folder = self.folder / name
+        if self.accelerator.is_main_process:
+            with replaced_folder(folder) as temporary:
+                save(temporary)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def promote(self, name: str, final: str) -> None:
+        """Gives a saved model its final name, in place of an earlier one."""
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.folder / final, ignore_errors=True)
+            (self.folder / name).rename(self.folder / final)
+        self.accelerator.wait_for_everyone()
+
+    def remove(self, name: str) -> None:
+        """Removes a saved model that another took the place of."""
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.folder / name)
+        self.accelerator.wait_for_everyone()
+
+    def finish(self, summary: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes summary.json, by which a run is known to be finished; → the summary with this session's `seconds`."""
+        complete = {**summary, "seconds": round(time.monotonic() - self._started, 1)}
+        if self.accelerator.is_main_process:
+            write_text(self.folder / "summary.json", json.dumps(complete, indent=1))
+        self.close()
+        return {**complete, "output_dir": str(self.folder)}
+
+    def close(self) -> None:
+        """Ends progress and trackers, also after an error."""
+        self.progress.close()
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.log_with:
+            self.accelerator.end_training()
+
+    def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        if self.accelerator.is_main_process and rows:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _refuse_changes(old: dict[str, Any] | None, new: dict[str, Any], folder: Path) -> None:
+    for name, value in _flat(new).items():
+        before = _flat(old).get(name, value) if old else value
+        if before != value and name.split(".")[0] not in RESUMABLE:
+            raise UserError(
+                f"{folder} was started with {name}={before!r}, not {value!r}: a resumed run keeps what it trains. "
+                "Give another --output-dir for another run."
+            )
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _keep_lines_until(path: Path, step: int) -> None:
+    if path.exists():
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _step_of(line) <= step]
+        write_text(path, "".join(kept))
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; a line cut off by a crash belongs to no step that was kept."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return math.inf
+
+
+def _environment(config: Any, kind: str, accelerator: Accelerator) -> dict[str, Any]:
+    return {
+        "stage": kind,
+        "command": sys.argv,
+        "seed": config.seed,
+        "processes": accelerator.num_processes,
+        "device": str(accelerator.device),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "commit": _commit(),
+        "versions": {name: version(name) for name in LIBRARIES} | {"ppo_rlhf": version("ppo-rlhf")},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the working folder, None outside a git checkout."""
+    try:
+        answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return answer.stdout.strip() or None

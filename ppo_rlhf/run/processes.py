@@ -1,0 +1,59 @@
+"""The processes of a run, through Accelerate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import LoggerType, gather_object
+
+from ppo_rlhf.errors import UserError, did_you_mean
+
+T = TypeVar("T")
+
+
+def make_accelerator(folder: Path, *, precision: str, log_with: Sequence[str]) -> Accelerator:
+    """An Accelerator on the GPU where there is one, else explicitly on the CPU.
+
+    Raises UserError when a launcher started several processes that Accelerate does not see, since each would silently
+    train alone; and for an unknown tracker.
+    """
+    for name in log_with:
+        if name not in LoggerType.list():
+            raise UserError(f"log_with: there is no tracker {name!r}.{did_you_mean(name, LoggerType.list())}")
+    AcceleratorState._reset_state()  # the stages of one pipeline may differ in precision
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=precision,
+        log_with=list(log_with) or None,
+        project_dir=str(folder),
+    )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise UserError(
+            f"the launcher started {launched} processes, but Accelerate sees {accelerator.num_processes}: "
+            "on CPUs set ACCELERATE_USE_CPU=true, or start with torchrun."
+        )
+    return accelerator
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return PartialState().is_main_process
+
+
+def share_of(total: int, accelerator: Accelerator) -> slice:
+    """This process's consecutive share of `total` rows that all processes divide between them."""
+    size = -(-total // accelerator.num_processes)
+    return slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
+
+
+def gathered(rows: list[T]) -> list[T]:
+    """The rows of all processes, in the order of the processes, on every process."""
+    collected: list[Any] = gather_object(rows)
+    return collected

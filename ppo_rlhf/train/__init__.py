@@ -1,0 +1,1 @@
+"""The three stages: each module has one `train(config, …)`, a plain function."""

@@ -1,0 +1,122 @@
+"""Evaluation of the policy on held-out prompts: the same prompts and the same noise each time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ppo_rlhf.config import PPOConfig
+from ppo_rlhf.models import evaluating
+from ppo_rlhf.policy import response_logprobs
+from ppo_rlhf.rewards import score
+from ppo_rlhf.run import gathered, share_of
+from ppo_rlhf.sampling import sample
+from ppo_rlhf.seeding import uniform_rows
+from ppo_rlhf.train.ppo_parts import Parts
+
+NUM_BIGRAMS = 3000  # of distinct_2, so that it compares samples of different lengths at equal counts
+SAMPLES_KEPT = 8
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One evaluation."""
+
+    metrics: dict[str, float]  # eval/…
+    rows: list[dict[str, Any]]  # a response each, in the order of the prompts
+    quality: float  # what the best policy maximises: score − β·KL, with the β that the run starts with
+
+    def sample_rows(self, step: int) -> list[dict[str, Any]]:
+        """Rows for samples.jsonl: the first few prompts, the same at every evaluation."""
+        return [{"step": step, "kind": "held-out", **row} for row in self.rows[:SAMPLES_KEPT]]
+
+
+@torch.no_grad()
+def evaluate_held_out(parts: Parts, config: PPOConfig, accelerator: Accelerator) -> Outcome:
+    """Samples a response to every held-out prompt, at the run's temperature, and measures what the run is about.
+
+    Scores are raw: before the rule for a missing eos and the KL penalty. KL is per response, in nats.
+    """
+    numbers = range(len(parts.eval_prompts))[share_of(len(parts.eval_prompts), accelerator)]
+    rows: list[dict[str, Any]] = []
+    with accelerator.autocast(), evaluating(parts.model):
+        for start in range(0, len(numbers), config.sampling.batch_size):
+            rows += _evaluate_batch(
+                list(numbers[start : start + config.sampling.batch_size]), parts, config, accelerator
+            )
+    rows = gathered(rows)
+    metrics = {
+        "eval/score": _mean([row["score"] for row in rows]),
+        "eval/kl": _mean([row["kl"] for row in rows]),
+        "eval/length": _mean([row["length"] for row in rows]),
+        "eval/stop_rate": _mean([row["finished"] for row in rows]),
+        "eval/distinct_2": distinct_2([row["response"] for row in rows]),
+    }
+    if parts.gold is not None:
+        gold = torch.tensor([row["gold_score"] for row in rows])
+        metrics |= {"eval/gold_score": float(gold.mean()), "eval/gold_score_std": float(gold.std(correction=0))}
+    return Outcome(metrics, rows, quality=metrics["eval/score"] - config.kl_coef * metrics["eval/kl"])
+
+
+def _evaluate_batch(
+    numbers: list[int], parts: Parts, config: PPOConfig, accelerator: Accelerator
+) -> list[dict[str, Any]]:
+    model, temperature = parts.model.language_model, config.sampling.temperature
+    prompts = parts.eval_prompts.batch(numbers, accelerator.device)
+    noise = uniform_rows(numbers, config.sampling.max_new_tokens, config.seed, "held out")
+    responses = sample(model, parts.tokenizer, prompts, config.sampling, noise)
+    columns = parts.eval_prompts.columns_of(numbers)
+    scores = score(parts.reward, prompts.texts, responses.texts, columns).total.tolist()
+    gold = score(parts.gold, prompts.texts, responses.texts, columns).total.tolist() if parts.gold is not None else None
+    inputs = {
+        "prompt_ids": prompts.ids,
+        "prompt_mask": prompts.mask,
+        "response_ids": responses.ids,
+        "response_mask": responses.mask,
+    }
+    logprobs = response_logprobs(model, inputs, temperature=temperature)
+    ref_logprobs = response_logprobs(parts.reference, inputs, temperature=temperature)
+    kl = torch.where(responses.mask, logprobs - ref_logprobs, 0).sum(1).tolist()
+    lengths, finished = responses.mask.sum(1).tolist(), responses.finished.tolist()
+    rows = []
+    for row in range(len(numbers)):
+        rows.append(
+            {
+                "prompt": prompts.texts[row],
+                "response": responses.texts[row],
+                "score": scores[row],
+                **({"gold_score": gold[row]} if gold is not None else {}),
+                "kl": kl[row],
+                "length": lengths[row],
+                "finished": finished[row],
+            }
+        )
+    return rows
+
+
+def distinct_2(texts: Sequence[str], num_bigrams: int = NUM_BIGRAMS) -> float:
+    """Different word pairs ÷ word pairs (Li et al., 2016), over the first `num_bigrams` pairs of the texts.
+
+    At an equal count, since the ratio falls as text grows. 0 for texts without two words.
+    """
+    pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)][:num_bigrams]
+    return len(set(pairs)) / max(1, len(pairs))
+
+
+def summary_of(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """The outcome of a run: the reference policy and the final one on the same held-out prompts."""
+    summary = {}
+    for name in ("score", "gold_score", "length", "stop_rate", "distinct_2"):
+        if f"eval/{name}" in before:
+            summary |= {f"{name}_before": before[f"eval/{name}"], f"{name}_after": after[f"eval/{name}"]}
+    if "eval/gold_score_std" in before:
+        summary["gold_score_std_before"] = before["eval/gold_score_std"]
+    return summary | {"kl": after["eval/kl"], "stop_rate": after["eval/stop_rate"]}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

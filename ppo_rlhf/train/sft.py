@@ -1,0 +1,151 @@
+"""Supervised fine-tuning: demonstrations → policy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from ppo_rlhf.config import SFTConfig
+from ppo_rlhf.core import logprobs_of, masked_mean, masked_sum
+from ppo_rlhf.data import held_out, load_rows, text_column
+from ppo_rlhf.errors import UserError
+from ppo_rlhf.models import (
+    context_length,
+    evaluating,
+    load_policy,
+    model_inputs,
+    right_padded,
+    save_policy,
+    tokenizer_with_pad,
+)
+from ppo_rlhf.run import Run, is_finished, make_accelerator, new_folder, share_of
+from ppo_rlhf.train.supervised import Task, fit, num_steps_of
+
+EVAL_BATCH = 64  # examples of one forward in evaluation
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A tokenised demonstration."""
+
+    ids: list[int]
+    start: int  # tokens from here on are learnt: the completion and eos
+
+
+def train(
+    config: SFTConfig,
+    *,
+    policy: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    data: Iterable[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Fine-tunes the policy on demonstrations by the cross-entropy of their completions; → the run's summary.
+
+    policy with tokenizer, data: objects that take the place of the configuration's names. The loss of a step is a mean
+    over the tokens of its whole batch. Raises UserError for what is wrong with the configuration or the data.
+    """
+    started = time.monotonic()
+    folder = new_folder(config.output_dir, "sft", resume=config.resume)
+    if is_finished(folder):
+        return {"finished": str(folder)}
+    accelerator = make_accelerator(folder, precision=config.precision, log_with=config.log_with)
+    set_seed(config.seed)
+    if policy is None or tokenizer is None:
+        policy, tokenizer = load_policy(config.policy, setting="policy", trust_remote_code=config.trust_remote_code)
+    else:
+        tokenizer = tokenizer_with_pad(policy, tokenizer, setting="tokenizer")
+    rows = load_rows(data if data is not None else _required(config.data), required=(), setting="data")
+    if config.eval_data is None:
+        rows, eval_rows = held_out(rows, config.eval_fraction, config.seed, setting="eval_fraction")
+    else:
+        eval_rows = load_rows(config.eval_data, required=(), setting="eval_data")
+    longest = min(config.max_length or 2**31, context_length(policy))
+    demonstrations, num_cut = encode(rows, tokenizer, longest=longest, cut=config.max_length is not None)
+    eval_demonstrations, _ = encode(eval_rows, tokenizer, longest=longest, cut=config.max_length is not None)
+    num_steps = num_steps_of(config, len(demonstrations), accelerator)
+
+    policy.to(accelerator.device)
+    run = Run(folder, config, kind="sft", accelerator=accelerator, num_steps=num_steps, started=started)
+    if num_cut:
+        run.progress.tell(f"{num_cut} of {len(demonstrations)} demonstrations were cut to max_length={longest} tokens.")
+
+    def loss(module: nn.Module, batch: Sequence[int], count: Tensor) -> Tensor:
+        logprobs, learnt = completion_logprobs(module, [demonstrations[row] for row in batch], accelerator.device)
+        return masked_mean(-logprobs, learnt, count=count)
+
+    @torch.no_grad()
+    def evaluate(module: nn.Module) -> dict[str, float]:
+        mine = eval_demonstrations[share_of(len(eval_demonstrations), accelerator)]
+        totals = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+        with evaluating(module), accelerator.autocast():
+            for start in range(0, len(mine), EVAL_BATCH):
+                logprobs, learnt = completion_logprobs(module, mine[start : start + EVAL_BATCH], accelerator.device)
+                totals += torch.stack([masked_sum(-logprobs.double(), learnt), learnt.sum().double()])
+        nll, tokens = accelerator.reduce(totals).tolist()
+        return {"eval/loss": nll / tokens}
+
+    task = Task(
+        lengths=[len(demonstration.ids) for demonstration in demonstrations],
+        weight=lambda batch: sum(len(demonstrations[row].ids) - demonstrations[row].start for row in batch),
+        loss=loss,
+        evaluate=evaluate,
+        quality=lambda metrics: -metrics["eval/loss"],
+        save=lambda module, path: save_policy(module, tokenizer, path),
+    )
+    state = fit(policy, task, config, config.optimizer, run, num_steps=num_steps)
+    run.promote("best", "policy")
+    return run.finish({"loss_before": state.before["eval/loss"], "loss_after": state.after["eval/loss"]})
+
+
+def encode(
+    rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, longest: int, cut: bool
+) -> tuple[list[Demonstration], int]:
+    """Demonstrations with eos at their end, from `prompt` and `completion` or from `text`; → they, and how many were cut.
+
+    Prompt and completion are encoded apart, as they are when the policy responds. Of a plain text everything after its
+    first token is learnt.
+    """
+    if "completion" in rows[0]:
+        prompts = text_column(rows, "prompt", setting="data")
+        completions = text_column(rows, "completion", setting="data")
+        prompt_ids = tokenizer(prompts)["input_ids"]
+        completion_ids = tokenizer(completions, add_special_tokens=False)["input_ids"]
+    elif "text" in rows[0]:
+        prompt_ids = [ids[:1] for ids in tokenizer(text_column(rows, "text", setting="data"))["input_ids"]]
+        completion_ids = [ids[1:] for ids in tokenizer([row["text"] for row in rows])["input_ids"]]
+    else:
+        raise UserError(f"data: demonstrations need `prompt` and `completion`, or `text`; found {', '.join(rows[0])}.")
+    demonstrations, num_cut = [], 0
+    for index, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
+        ids = [*prompt, *completion, tokenizer.eos_token_id]
+        if len(prompt) >= longest or (len(ids) > longest and not cut):
+            raise UserError(
+                f"data: demonstration {index} has {len(ids)} tokens ({len(prompt)} of them the prompt), but {longest} "
+                "fit: set max_length to cut completions, or shorten the prompt."
+            )
+        num_cut += len(ids) > longest
+        demonstrations.append(Demonstration(ids[:longest], len(prompt)))
+    return demonstrations, num_cut
+
+
+def completion_logprobs(
+    module: nn.Module, demonstrations: Sequence[Demonstration], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """log π of every token but the first, (B, S−1), and the mask of those that are learnt."""
+    ids, mask = right_padded([demonstration.ids for demonstration in demonstrations], device)
+    starts = torch.tensor([demonstration.start for demonstration in demonstrations], device=device)
+    learnt = mask & (torch.arange(ids.shape[1], device=device) >= starts[:, None])
+    logits = module(**model_inputs(module, ids, mask), use_cache=False).logits[:, :-1]
+    return logprobs_of(logits, ids[:, 1:]), learnt[:, 1:]
+
+
+def _required(data: str | None) -> str:
+    if data is None:
+        raise UserError("data is not set: demonstrations with `prompt` and `completion`, or `text`.")
+    return data

@@ -1,0 +1,133 @@
+"""The loop that the two supervised stages share: shuffled batches, one optimizer step each, evaluation, checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ppo_rlhf.config import SupervisedConfig
+from ppo_rlhf.data import stream
+from ppo_rlhf.errors import UserError
+from ppo_rlhf.optimizer import OptimizerSettings, learning_rate, make_optimizer, set_learning_rate
+from ppo_rlhf.run import LoopState, Run, share_of
+from ppo_rlhf.seeding import permutation
+
+WINDOW = 16  # batches whose examples are sorted by length together, so that a batch's examples are of like length
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a supervised stage optimises, as functions of row numbers of its training data."""
+
+    lengths: Sequence[int]  # tokens of each training example
+    weight: Callable[[Sequence[int]], float]  # what a batch's loss is divided by: its tokens, or its rankings
+    loss: Callable[[nn.Module, Sequence[int], Tensor], Tensor]  # (module, rows, count) → Σ of losses ÷ count
+    evaluate: Callable[[nn.Module], dict[str, float]]  # held-out metrics by name, over all processes
+    quality: Callable[[dict[str, float]], float]  # of held-out metrics: higher is better
+    save: Callable[[nn.Module, Path], None]  # writes the unwrapped module as a folder that transformers loads
+
+
+def num_steps_of(config: SupervisedConfig, num_examples: int, accelerator: Accelerator) -> int:
+    """Optimizer steps of the whole run: every batch is full, what is left of a pass begins the next.
+
+    Raises UserError for a batch larger than the data, or one that the processes cannot share evenly.
+    """
+    if config.batch_size > num_examples:
+        raise UserError(
+            f"batch_size={config.batch_size} is larger than the training data, {num_examples} examples; lower it."
+        )
+    if config.batch_size % accelerator.num_processes:
+        raise UserError(
+            f"batch_size={config.batch_size} does not divide between {accelerator.num_processes} processes."
+        )
+    return max(1, round(config.num_epochs * num_examples / config.batch_size))
+
+
+def fit(
+    module: nn.Module,
+    task: Task,
+    config: SupervisedConfig,
+    optimizer_settings: OptimizerSettings,
+    run: Run,
+    *,
+    num_steps: int,
+) -> LoopState:
+    """Trains the module; → the loop's last state.
+
+    The model to keep, the best evaluated one or the last, is in the run's folder `best`.
+    """
+    accelerator = run.accelerator
+    optimizer = make_optimizer(module, optimizer_settings)
+    wrapped, optimizer = accelerator.prepare(module, optimizer)
+    state = run.resume()
+    if state is None:
+        state = LoopState(before=task.evaluate(module))
+        run.log(0, state.before)
+
+    while state.step < num_steps:
+        set_learning_rate(optimizer, learning_rate(optimizer_settings, state.step, num_steps))
+        rows = batch_of(state.step, num_steps, config, task.lengths)
+        module.train()
+        metrics = _step(wrapped, optimizer, task, rows, config, accelerator)
+        state = replace(state, step=state.step + 1)
+        last = state.step == num_steps
+        metrics |= {"lr": learning_rate(optimizer_settings, state.step - 1, num_steps)}
+        if last or (config.eval_every and state.step % config.eval_every == 0):
+            evaluation = task.evaluate(module)
+            metrics |= evaluation
+            quality = task.quality(evaluation)
+            if quality > state.best or not config.keep_best:
+                state = replace(state, best=quality, after=evaluation)
+                run.save_model("best", lambda folder: task.save(module, folder))
+        run.log(state.step, metrics)
+        if last or (config.save_every and state.step % config.save_every == 0):
+            run.save_checkpoint(state)
+    return state
+
+
+def batch_of(step: int, num_steps: int, config: SupervisedConfig, lengths: Sequence[int]) -> list[int]:
+    """The global batch of a step, a function of the step alone.
+
+    Windows of the shuffled stream are sorted by length and cut into batches, whose order is shuffled again: less
+    padding, while each pass still sees each example once.
+    """
+    size, window = config.batch_size, step // WINDOW
+    first, last = window * WINDOW, min((window + 1) * WINDOW, num_steps)
+    rows = stream(len(lengths), first * size, last * size, config.seed).tolist()
+    rows.sort(key=lambda row: lengths[row])
+    batch = int(permutation(last - first, config.seed, "window", window)[step - first])
+    return rows[batch * size : (batch + 1) * size]
+
+
+def _step(
+    wrapped: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    task: Task,
+    rows: Sequence[int],
+    config: SupervisedConfig,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """One optimizer step on a global batch, whatever its micro-batches and processes."""
+    # DDP averages gradients, hence the count per process.
+    count = torch.tensor(task.weight(rows) / accelerator.num_processes, device=accelerator.device)
+    mine = rows[share_of(len(rows), accelerator)]
+    size = config.micro_batch_size or len(mine)
+    total = torch.zeros((), device=accelerator.device)
+    for start in range(0, len(mine), size):
+        last = start + size >= len(mine)
+        with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
+            loss = task.loss(wrapped, mine[start : start + size], count)
+            accelerator.backward(loss)
+        total += loss.detach()
+    grad_norm = float(accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm))
+    if math.isfinite(grad_norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return {"loss": float(accelerator.reduce(total, "mean")), "grad_norm": grad_norm}
