@@ -73,15 +73,21 @@ def _train(command: str, config: Any) -> tuple[dict[str, Any], list[str]]:
     from ppo_rlhf.run import is_main_process
 
     if command == "sft":
-        from ppo_rlhf.train.sft import train
-    elif command == "reward":
-        from ppo_rlhf.train.reward_model import train
-    elif command == "ppo":
-        from ppo_rlhf.train.ppo import train
-    else:
-        from ppo_rlhf.pipeline import run as train
+        from ppo_rlhf.train import sft
 
-    summary = train(config)
+        summary = sft.train(config)
+    elif command == "reward":
+        from ppo_rlhf.train import reward_model
+
+        summary = reward_model.train(config)
+    elif command == "ppo":
+        from ppo_rlhf.train import ppo
+
+        summary = ppo.train(config)
+    else:
+        from ppo_rlhf import pipeline
+
+        summary = pipeline.run(config)
     if "finished" in summary:
         return summary, [f"{summary['finished']} is finished already; there is nothing to resume."]
     if not is_main_process():

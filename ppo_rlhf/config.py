@@ -184,7 +184,10 @@ class PPOConfig(RunConfig):
         require(0 < self.eval_fraction < 1, f"eval_fraction={self.eval_fraction} must lie between 0 and 1.")
         require(self.kl_coef >= 0, f"kl_coef={self.kl_coef} must not be negative.")
         require(self.kl_target is None or self.kl_target > 0, f"kl_target={self.kl_target} must be above 0, or null.")
-        require(self.kl_horizon > 0, f"kl_horizon={self.kl_horizon} must be above 0.")
+        require(
+            self.kl_horizon >= self.batch_size,
+            f"kl_horizon={self.kl_horizon} must be at least the batch_size={self.batch_size} episodes of a step.",
+        )
         for name in ("gamma", "gae_lambda"):
             require(0 <= getattr(self, name) <= 1, f"{name}={getattr(self, name)} must lie in [0, 1].")
         rest = self.batch_size % self.ppo.num_minibatches

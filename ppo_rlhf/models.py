@@ -1,8 +1,8 @@
 """Loading and saving of transformers models and tokenizers, and the conventions that all of ours share.
 
 Every model gets position ids counted from the attention mask (GPT-2 is wrong under left padding without them), and
-every tokenizer a pad token of its own that is never eos: masks come from generation and lengths, but people who load our
-folders with plain transformers infer them from pads.
+every tokenizer a pad token of its own that is never eos: masks come from generation and lengths, but people who load
+our folders with plain transformers infer them from pads.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def tokenizer_with_pad(
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    embeddings: Any = model.get_input_embeddings()
+    if len(tokenizer) > embeddings.num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
     return tokenizer

@@ -54,7 +54,7 @@ def run(config: PipelineConfig) -> dict[str, Any]:
 
 def filled_in(config: PipelineConfig, folder: Path) -> PipelineConfig:
     """The configuration with each stage's folder and seed, and each stage's inputs from the stage before."""
-    common = {"seed": config.seed, "resume": config.resume}
+    common: dict[str, Any] = {"seed": config.seed, "resume": config.resume}
     policy = str(folder / "sft" / "policy")
     comparisons = None if config.comparisons.annotator is None else str(folder / "comparisons.jsonl")
     return replace(

@@ -6,6 +6,8 @@ response, index P − 1 + t of prompt and response together.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -25,7 +27,7 @@ class TokenValues(nn.Module):
         self.head = head
 
     @classmethod
-    def from_reward_model(cls, model: PreTrainedModel, *, mean: float, scale: float) -> TokenValues:
+    def from_reward_model(cls, model: Any, *, mean: float, scale: float) -> TokenValues:
         """Starts as the reward model itself, its normalisation (score − mean) / scale folded into the head.
 
         Stiennon et al. (2020), Ouyang et al. (2022): a value function that starts from the reward model.

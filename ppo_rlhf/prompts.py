@@ -37,7 +37,7 @@ class Prompts:
         """Tokenises the column `prompt`. Raises UserError for a blank prompt or one of more than `longest` tokens."""
         self.texts = text_column(rows, "prompt", setting=setting)
         self.columns = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
-        self.pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+        self.pad_id = int(tokenizer.pad_token_id)
         self.ids: list[list[int]] = tokenizer(self.texts)["input_ids"]
         for index, ids in enumerate(self.ids):
             if len(ids) > longest:

@@ -41,7 +41,8 @@ def sample(
     """Samples one response for each prompt.
 
     noise: uniform numbers in [0, 1), (B, max_new_tokens): token t of row b is the inverse of the cumulative
-    distribution at noise[b, t]. So a row's response depends on its prompt and its noise, not on its neighbours or on when they stop.
+    distribution at noise[b, t]. So a row's response depends on its prompt and its noise, not on its
+    neighbours or on when they stop.
 
     → Responses, T being the longest response's length. The model's mode is kept; no dropout acts here.
     """
@@ -54,7 +55,8 @@ def sample(
     width = int(mask.sum(1).max())
     ids, mask = ids[:, :width], mask[:, :width]
     texts = [
-        tokenizer.decode(line[kept].tolist(), skip_special_tokens=True) for line, kept in zip(ids, mask, strict=True)
+        str(tokenizer.decode(line[kept].tolist(), skip_special_tokens=True))
+        for line, kept in zip(ids, mask, strict=True)
     ]
     return Responses(ids, mask, finished, texts)
 
@@ -69,7 +71,7 @@ def _decode(
     """ids, mask (B, max_new_tokens) and finished (B,) of one batch."""
     device, steps = prompts.ids.device, settings.max_new_tokens
     stop_ids = torch.tensor(stop_ids_of(settings, tokenizer), device=device)
-    ids = torch.full((len(prompts), steps), int(tokenizer.pad_token_id), device=device)  # type: ignore[arg-type]
+    ids = torch.full((len(prompts), steps), int(tokenizer.pad_token_id), device=device)
     mask = torch.zeros(len(prompts), steps, dtype=torch.bool, device=device)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     noise = noise.to(device)
@@ -116,7 +118,7 @@ def draw(logits: Tensor, noise: Tensor, settings: SamplingSettings) -> Tensor:
 
 def stop_ids_of(settings: SamplingSettings, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that end a response: those of the settings, else the tokenizer's eos."""
-    ids: Sequence[int] = settings.stop_token_ids or (tokenizer.eos_token_id,)  # type: ignore[assignment]
+    ids: Sequence[int] = settings.stop_token_ids or (tokenizer.eos_token_id,)
     return list(ids)
 
 
@@ -125,6 +127,6 @@ def warn_of_truncation(settings: SamplingSettings) -> None:
     if settings.top_k or settings.top_p < 1:
         warnings.warn(
             f"sampling.top_k={settings.top_k}, top_p={settings.top_p} cut the distribution that is sampled, but not "
-            "the one that is trained: KL estimates are biased and may turn negative. Use top_k=0 and top_p=1 for training.",
+            "the one that is trained: KL estimates are biased and may turn negative. Train with top_k=0 and top_p=1.",
             stacklevel=2,
         )

@@ -60,8 +60,10 @@ def ppo_update(
             optimizer.zero_grad()
             break
         grad_norm = _full(accelerator.clip_grad_norm_(policy.parameters(), settings.max_grad_norm))
-        if torch.isfinite(grad_norm):
+        finite = bool(torch.isfinite(grad_norm))
+        if finite or accelerator.scaler is not None:  # fp16: the scaler itself leaves out a bad step
             optimizer.step()
+        if finite:
             taken += 1
             history.append(torch.cat([means, grad_norm.detach().to(means).reshape(1)]))
         else:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, PartialState
 from torch import nn
 
@@ -456,6 +457,26 @@ def test_adams_moments_survive_a_skipped_step():
     update(policy, bad, optimizer=optimizer)
     for moments, then in zip(optimizer.state_dict()["state"].values(), before["state"].values(), strict=True):
         assert all(torch.equal(moments[name], then[name]) for name in moments)
+
+
+def test_a_loss_scaler_outlives_bad_gradients_and_lowers_its_scale(monkeypatch):
+    """fp16: the first scale of 65 536 overflows as a rule. The scaler has to hear of every step, skipped ones too."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
+    monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")  # on a CPU Accelerate refuses to make one
+    policy = TinyPolicy()
+    experience, before = rollout_of(policy), parameters_of(policy)
+    bad = change_rows(experience, advantages=torch.full_like(experience.advantages, math.nan))
+    optimizer = AcceleratedOptimizer(sgd(policy), scaler=accelerator.scaler)
+    accelerator._optimizers.append(optimizer)
+    settings, generator = PPOSettings(num_epochs=2), torch.Generator().manual_seed(0)
+    metrics = ppo_update(policy, optimizer, bad, settings, accelerator=accelerator, generator=generator)
+    assert (metrics["optimizer_steps"], metrics["skipped_steps"]) == (0, 2)
+    assert_unchanged(policy, before)
+    assert accelerator.scaler.get_scale() == 65_536 / 4
+    metrics = ppo_update(policy, optimizer, experience, settings, accelerator=accelerator, generator=generator)
+    assert (metrics["optimizer_steps"], metrics["skipped_steps"]) == (2, 0)
+    assert_changed(policy, before)
 
 
 # PPO-Penalty.

@@ -54,6 +54,8 @@ def top_p_filter(logits: Tensor, p: float) -> Tensor:
 
     The others become −∞; the most likely token always stays.
     """
+    if p >= 1:  # a rounded running sum reaches 1 before the tail
+        return logits
     ordered, order = logits.sort(dim=-1, descending=True)
     probabilities = ordered.softmax(-1)
     unneeded = probabilities.cumsum(-1) - probabilities >= p

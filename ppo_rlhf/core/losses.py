@@ -19,6 +19,8 @@ from ppo_rlhf.core.types import Evaluation, Experience
 
 Count = Tensor | float | None
 
+MAX_LOG_RATIO = 80.0  # e^80 is finite in float32; beyond e^88 a clipped loss would have the gradient 0 · inf = NaN
+
 
 def clipped_policy_loss(
     logprobs: Tensor,
@@ -35,7 +37,8 @@ def clipped_policy_loss(
     clip_range: ε, 0.2 in the paper; None leaves the ratio unclipped (eq. 6). dual_clip: c > 1 bounds the loss of a
     decision with negative advantage to −c·A (Ye et al., 2020, eq. 5; c = 3 there), however large its ratio.
     """
-    ratio = torch.where(mask, logprobs - old_logprobs, 0).exp()
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0)
+    ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
     advantages = torch.where(mask, advantages, 0)
     loss = -advantages * ratio
     if clip_range is not None:
@@ -134,9 +137,17 @@ def kl_old_new(
     """KL(old‖new), averaged over the decisions: exact where `kl_divergence` is given, else the k3 estimate."""
     mask = experience.mask
     if kl_divergence is not None:
-        return masked_mean(kl_divergence(experience.distribution, evaluation.distribution), mask, count=count)
+        old = _where_decided(mask, experience.distribution, evaluation.distribution)
+        return masked_mean(kl_divergence(old, evaluation.distribution), mask, count=count)
     old, new = (torch.where(mask, x, 0) for x in (experience.logprobs, evaluation.logprobs))
     return masked_mean(approx_kl(old, new, "k3"), mask, count=count)
+
+
+def _where_decided(mask: Tensor, old: Any, new: Any) -> Any:
+    """The old parameters where a decision was made, else the new ones, of which any divergence is 0 and flat."""
+    if isinstance(old, tuple):
+        return tuple(_where_decided(mask, *pair) for pair in zip(old, new, strict=True))
+    return torch.where(mask.reshape(*mask.shape, *[1] * (old.ndim - mask.ndim)), old, new.detach())
 
 
 def bradley_terry_loss(
@@ -153,7 +164,8 @@ def bradley_terry_loss(
     as 1/C(K, 2) for the pairs of one ranking of K (Ouyang et al., 2022, eq. 1). count: pairs (or rankings) in the whole
     optimizer step, by default the number of pairs here.
     """
-    difference = (chosen - rejected).float()
+    wide = torch.promote_types(chosen.dtype, torch.float32)
+    difference = chosen.to(wide) - rejected.to(wide)
     if margin is not None:
         difference = difference - margin
     loss = -F.logsigmoid(difference)

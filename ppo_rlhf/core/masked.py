@@ -38,7 +38,8 @@ def masked_moments(x: Tensor, mask: Tensor, *, sum_across: SumAcross = identity)
     Two reductions, first the mean, then the squared deviations from it: E[x²] − E[x]² loses all digits when the mean is
     large. Without a single decision mean and variance are 0.
     """
-    total, count = sum_across(torch.stack([masked_sum(x, mask), mask.sum().to(x.dtype)]))
+    x = torch.where(mask, x, 0)  # before the square, whose gradient at NaN is NaN even where nothing asks for it
+    total, count = sum_across(torch.stack([x.sum(), mask.sum().to(x.dtype)]))
     mean = total / count.clamp(min=1)
     variance = sum_across(masked_sum((x - mean) ** 2, mask)) / count.clamp(min=1)
     return mean, variance, count
@@ -50,7 +51,8 @@ def whiten(x: Tensor, mask: Tensor, *, sum_across: SumAcross = identity) -> Tens
     A single decision gives 0.
     """
     mean, variance, _ = masked_moments(x, mask, sum_across=sum_across)
-    return torch.where(mask, (x - mean) * torch.rsqrt(variance + EPSILON), 0)
+    deviations = torch.where(mask, x - mean, 0)
+    return deviations * torch.rsqrt(variance + EPSILON)
 
 
 def unit_variance(x: Tensor, mask: Tensor, *, sum_across: SumAcross = identity) -> Tensor:
@@ -59,7 +61,8 @@ def unit_variance(x: Tensor, mask: Tensor, *, sum_across: SumAcross = identity) 
     The reward whitening of lm-human-preferences: rewards keep their sign on average, only their spread is fixed.
     """
     mean, variance, _ = masked_moments(x, mask, sum_across=sum_across)
-    return torch.where(mask, (x - mean) * torch.rsqrt(variance + EPSILON) + mean, 0)
+    deviations = torch.where(mask, x - mean, 0)
+    return torch.where(mask, deviations * torch.rsqrt(variance + EPSILON) + mean, 0)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, *, sum_across: SumAcross = identity) -> Tensor:
@@ -68,5 +71,6 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, *, sum_acr
     0 where the returns do not vary.
     """
     _, residual, _ = masked_moments(returns - values, mask, sum_across=sum_across)
-    _, variance, _ = masked_moments(returns, mask, sum_across=sum_across)
-    return torch.where(variance > 0, 1 - residual / variance.clamp(min=torch.finfo(variance.dtype).tiny), 0)
+    mean, variance, _ = masked_moments(returns, mask, sum_across=sum_across)
+    varied = variance > (4 * torch.finfo(variance.dtype).eps * mean) ** 2  # beyond the rounding of the mean
+    return torch.where(varied, 1 - residual / torch.where(varied, variance, 1), 0)

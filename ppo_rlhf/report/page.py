@@ -62,8 +62,7 @@ def outcome_lines(folder: Path) -> list[str]:
     if not stages:
         stages = {_stage_of(folder): summary}
     seconds = summary["seconds"] if isinstance(summary["seconds"], dict) else {_stage_of(folder): summary["seconds"]}
-    lines = [_line(name, numbers) + f"  ({seconds[name]:.0f} s)" for name, numbers in stages.items()]
-    return lines
+    return [_line(name, numbers) + f"  ({seconds[name]:.0f} s)" for name, numbers in stages.items()]
 
 
 def _line(stage: str, numbers: dict[str, Any]) -> str:

@@ -31,7 +31,7 @@ class ScoringNetwork(nn.Module):
 
     def __init__(self, classifier: PreTrainedModel) -> None:
         super().__init__()
-        self.classifier = classifier
+        self.classifier: Any = classifier  # its trunk and head differ from class to class
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """ids, mask (N, S) → raw scores (N,) float32, and the last hidden states (N, S, d).
@@ -67,7 +67,8 @@ class RewardModel:
         """A saved reward model, or a language model with a new head. Raises UserError when it cannot be loaded."""
         classifier = load_classifier(str(source), setting=setting)
         tokenizer = load_tokenizer(str(source), setting=setting)
-        return cls(classifier.to(device), tokenizer_with_pad(classifier, tokenizer, setting=setting))
+        classifier.to(torch.device(device))  # type: ignore[arg-type]
+        return cls(classifier, tokenizer_with_pad(classifier, tokenizer, setting=setting))
 
     def save(self, folder: Path) -> None:
         """A folder that transformers loads as a sequence classifier, and `load` with its normalisation."""
@@ -75,7 +76,7 @@ class RewardModel:
         self.tokenizer.save_pretrained(folder)
 
     @property
-    def classifier(self) -> PreTrainedModel:
+    def classifier(self) -> Any:
         """The plain transformers model."""
         return self.network.classifier
 

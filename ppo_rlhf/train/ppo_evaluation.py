@@ -109,7 +109,7 @@ def distinct_2(texts: Sequence[str], num_bigrams: int = NUM_BIGRAMS) -> float:
 
 def summary_of(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
     """The outcome of a run: the reference policy and the final one on the same held-out prompts."""
-    summary = {}
+    summary: dict[str, float] = {}
     for name in ("score", "gold_score", "length", "stop_rate", "distinct_2"):
         if f"eval/{name}" in before:
             summary |= {f"{name}_before": before[f"eval/{name}"], f"{name}_after": after[f"eval/{name}"]}

@@ -21,7 +21,7 @@ from ppo_rlhf.data import Rows, held_out, load_rows, stream, text_column
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.models import context_length, load_policy, right_padded, tokenizer_with_pad
 from ppo_rlhf.prompts import Prompts
-from ppo_rlhf.rewards import RewardFunction, RewardModel, load_reward, score
+from ppo_rlhf.rewards import RewardFunction, RewardModel, ScoringNetwork, load_reward, score
 from ppo_rlhf.run import Run, gathered, is_finished, make_accelerator, new_folder, share_of
 from ppo_rlhf.sampling import sample
 from ppo_rlhf.seeding import uniform_rows
@@ -164,11 +164,11 @@ def train(
 class ComparisonModule(nn.Module):
     """What is trained: the scoring network, and where asked a language-modelling head on the same trunk."""
 
-    def __init__(self, network: nn.Module, policy: PreTrainedModel | None) -> None:
+    def __init__(self, network: ScoringNetwork, policy: PreTrainedModel | None) -> None:
         """policy: lends its output embeddings, tied to the trunk's input embeddings where its own are."""
         super().__init__()
         self.network = network
-        self.language_head: nn.Module | None = None
+        self.language_head: Any = None
         if policy is not None:
             self.language_head = copy.deepcopy(policy.get_output_embeddings())
             if policy.config.tie_word_embeddings:

@@ -96,7 +96,7 @@ def train(
         loss=loss,
         evaluate=evaluate,
         quality=lambda metrics: -metrics["eval/loss"],
-        save=lambda module, path: save_policy(module, tokenizer, path),
+        save=lambda _, path: save_policy(policy, tokenizer, path),
     )
     state = fit(policy, task, config, config.optimizer, run, num_steps=num_steps)
     run.promote("best", "policy")
@@ -106,7 +106,7 @@ def train(
 def encode(
     rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, longest: int, cut: bool
 ) -> tuple[list[Demonstration], int]:
-    """Demonstrations with eos at their end, from `prompt` and `completion` or from `text`; → they, and how many were cut.
+    """Demonstrations with eos at their end, from `prompt` and `completion` or from `text`; → and how many were cut.
 
     Prompt and completion are encoded apart, as they are when the policy responds. Of a plain text everything after its
     first token is learnt.
@@ -137,12 +137,13 @@ def encode(
 def completion_logprobs(
     module: nn.Module, demonstrations: Sequence[Demonstration], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """log π of every token but the first, (B, S−1), and the mask of those that are learnt."""
+    """log π of the last T tokens, which hold all completions, (B, T), and the mask of those that are learnt."""
     ids, mask = right_padded([demonstration.ids for demonstration in demonstrations], device)
     starts = torch.tensor([demonstration.start for demonstration in demonstrations], device=device)
     learnt = mask & (torch.arange(ids.shape[1], device=device) >= starts[:, None])
-    logits = module(**model_inputs(module, ids, mask), use_cache=False).logits[:, :-1]
-    return logprobs_of(logits, ids[:, 1:]), learnt[:, 1:]
+    steps = ids.shape[1] - int(starts.min())  # the head runs on positions that predict a completion alone
+    output = module(**model_inputs(module, ids, mask), use_cache=False, logits_to_keep=steps + 1)
+    return logprobs_of(output.logits[:, -steps - 1 : -1], ids[:, -steps:]), learnt[:, -steps:]
 
 
 def _required(data: str | None) -> str:
