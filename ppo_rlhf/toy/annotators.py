@@ -20,10 +20,13 @@ class Annotator:
 
 
 ANNOTATORS = (
-    Annotator("ada", temperature=0.25),
-    Annotator("ben", temperature=0.35, long_word_charge=0.02),
-    Annotator("cleo", temperature=0.45, contrast_bonus=0.1, exclamation_bonus=0.15),
+    Annotator("ada", temperature=0.35),
+    Annotator("ben", temperature=0.5, long_word_charge=0.02),
+    Annotator("cleo", temperature=0.65, contrast_bonus=0.1, exclamation_bonus=0.15),
 )
+
+
+SECOND_OPINION_EVERY = 4  # pairs
 
 
 def taste(annotator: Annotator, prompt: str, response: str) -> float:
@@ -45,16 +48,16 @@ def preference(annotator: Annotator, prompt: str, first: str, second: str) -> fl
 
 
 def annotate(prompts: Sequence[str], responses: Sequence[Sequence[str]], *, seed: int) -> list[dict[str, str]]:
-    """Two judgements of every pair: rows {"prompt", "chosen", "rejected", "annotator"}.
+    """A judgement of every pair, two of every fourth: rows {"prompt", "chosen", "rejected", "annotator"}.
 
-    responses[i] holds the two responses to prompts[i]. Two of the three annotators, drawn by lot, judge each pair
-    without knowing of each other.
+    responses[i] holds the two responses to prompts[i]. The annotators are drawn by lot; two who judge the same pair do
+    not know of each other, which shows how far they agree.
     """
     generator = random.Random(seed)
     rows: list[dict[str, str]] = []
-    for prompt, pair in zip(prompts, responses, strict=True):
+    for number, (prompt, pair) in enumerate(zip(prompts, responses, strict=True)):
         first, second = pair
-        for annotator in generator.sample(ANNOTATORS, 2):
+        for annotator in generator.sample(ANNOTATORS, 2 if number % SECOND_OPINION_EVERY == 0 else 1):
             takes_first = generator.random() < preference(annotator, prompt, first, second)
             chosen, rejected = (first, second) if takes_first else (second, first)
             rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "annotator": annotator.name})

@@ -8,17 +8,19 @@ from typing import Any
 from ppo_rlhf.toy import grammar, lexicon
 from ppo_rlhf.toy.lexicon import Lexeme
 
-NUM_DEMONSTRATIONS = 6_000
+NUM_DEMONSTRATIONS = 12_000
 NUM_PROMPTS = 2_000
 DEMONSTRATION_SEED = 1
 PROMPT_SEED = 2
 SHORTEST, LONGEST = 12, 30  # words of a review
 
-TONES = {"positive": 0.35, "negative": 0.35, "mixed": 0.30}
-SENTENCE_COUNTS = {2: 0.8, 3: 0.2}
+TONES = {1.0: 0.2, 0.6: 0.2, 0.0: 0.2, -0.6: 0.2, -1.0: 0.2}  # value of the verdict that a review opens with: its share
+SENTENCE_COUNTS = {1: 0.6, 2: 0.4}  # after the verdict
 OPENER_SHARE = 0.2
 EXCLAMATION_SHARE = 0.06  # of the sentences of a review that is not mixed
-CONCESSION_SHARE = 0.6  # how often the lighter half of a contrast says the opposite
+CONCESSION_SHARE = 0.3  # how often the lighter half of a contrast says the opposite
+STRONG = 0.8  # an opinion of this value or more is a strong one
+GRADED = {"DEGREE": 1.2, "WILLING": 1.1, "ADJUNCT": 1.0}  # category: the grade that goes with strong and mild words
 SKELETON_SHARES = {
     "C": 5.0,
     "C , and C": 4.0,
@@ -31,7 +33,7 @@ SKELETON_SHARES = {
     "C , and C , but C": 0.5,
     "although C , C because C": 0.5,
 }
-OPTIONAL_SHARES = {"NOT|NEVER?": 0.18, "NOT?": 0.15, "NEVER?": 0.2, "DEGREE?": 0.5, "WILLING?": 0.5, "ADJUNCT?": 0.3}
+OPTIONAL_SHARES = {"NOT|NEVER?": 0.08, "NOT?": 0.08, "NEVER?": 0.06, "DEGREE?": 0.5, "WILLING?": 0.5, "ADJUNCT?": 0.25}
 
 OPENINGS = (
     "{we} watched the {age} {genre} by {person} {place} {time} .",
@@ -75,9 +77,23 @@ def _entries() -> dict[str, list[Lexeme]]:
 
 
 @cache
-def _suitable(category: str, positive: bool, kinds: frozenset[str]) -> list[Lexeme]:
-    """The opinions of a category that have the wanted sign and suit every kind of subject."""
-    return [entry for entry in _entries()[category] if (entry.value > 0) == positive and kinds <= entry.kinds]
+def _suitable(category: str, positive: bool, strong: bool, kinds: frozenset[str]) -> list[Lexeme]:
+    """The opinions of a category that have the wanted sign and strength and suit every kind of subject."""
+    return [
+        entry
+        for entry in _entries()[category]
+        if (entry.value > 0) == positive and (abs(entry.value) >= STRONG) == strong and kinds <= entry.kinds
+    ]
+
+
+@cache
+def _graded(category: str, strong: bool) -> list[Lexeme]:
+    """The lexemes of a category that strong words, or mild ones, go with; all of them where they have no grade."""
+    entries = _entries()[category]
+    middle = GRADED.get(category)
+    if middle is None:
+        return entries
+    return [entry for entry in entries if (entry.value >= middle if strong else entry.value <= middle)]
 
 
 def _weighted(generator: random.Random, shares: dict[Any, float]) -> Any:
@@ -116,15 +132,24 @@ class _Writer:
         self.generator = generator
         self.genre = genre
         self.used: set[str] = set()
+        self.strong = False  # whether words and degrees are strong ones
 
-    def review(self, tone: str) -> str:
-        """Two or three sentences; those of a mixed review praise and pan in turn."""
-        positive = self.generator.random() < 0.5 if tone == "mixed" else tone == "positive"
-        sentences: list[str] = []
+    def review(self, tone: float) -> str:
+        """A verdict and one or two sentences that bear it out; those of a mixed review praise and complain in turn."""
+        positive = self.generator.random() < 0.5 if tone == 0 else tone > 0
+        self.strong = abs(tone) >= STRONG
+        sentences = [self.verdict(tone)]
         for _ in range(_weighted(self.generator, SENTENCE_COUNTS)):
-            sentences.append(self.sentence(positive, mark="." if tone == "mixed" else self.end_mark()))
-            positive = positive != (tone == "mixed")
+            sentences.append(self.sentence(positive, mark="." if tone == 0 else self.end_mark()))
+            positive = positive != (tone == 0)
         return " ".join(sentences)
+
+    def verdict(self, tone: float) -> str:
+        """The sentence that says what the film was."""
+        units = self.fill(_weighted(self.generator, grammar.VERDICT_PATTERNS).split(), tone > 0, verdict=tone)
+        assert units is not None  # nothing was said before that it could repeat
+        self.used.update(self.content_words(units))
+        return " ".join([*(word for unit in units for word in unit.words), "!" if self.strong else "."])
 
     def end_mark(self) -> str:
         return "!" if self.generator.random() < EXCLAMATION_SHARE else "."
@@ -162,7 +187,7 @@ class _Writer:
                 self.used.update(self.content_words(units))
                 return " ".join(word for unit in units for word in unit.words)
 
-    def fill(self, slots: list[str], positive: bool) -> list[Lexeme] | None:
+    def fill(self, slots: list[str], positive: bool, verdict: float = 0.0) -> list[Lexeme] | None:
         """A lexeme for each slot, or None where the choice repeats itself or finds nothing suitable."""
         categories = [self.generator.choice(slot.split("|")) for slot in slots]
         if any(category in lexicon.NEGATIONS for category in categories):
@@ -174,7 +199,10 @@ class _Writer:
         kinds = frozenset[str]().union(*(u.kinds for u in units if u and u.category in lexicon.SUBJECT_CATEGORIES))
         for position in reversed(range(len(units))):
             if categories[position] in lexicon.OPINION_CATEGORIES:
-                choices = _suitable(categories[position], positive, kinds)
+                if categories[position] == "VERDICT":
+                    choices = [entry for entry in _entries()["VERDICT"] if entry.value == verdict]
+                else:
+                    choices = _suitable(categories[position], positive, self.strong, kinds)
                 if not choices:
                     return None
                 units[position] = self.generator.choice(choices)
@@ -191,7 +219,7 @@ class _Writer:
         if category == "GENRE":
             genre = self.generator.choice((self.genre, self.genre, *lexicon.FILM_NOUNS))
             return Lexeme((genre,), "GENRE", kinds=frozenset({"film"}))
-        return self.generator.choice(_entries()[category])
+        return self.generator.choice(_graded(category, self.strong))
 
     @staticmethod
     def content_words(units: list[Lexeme]) -> list[str]:
@@ -210,9 +238,9 @@ def _review(generator: random.Random, genre: str) -> str:
 def demonstrations() -> list[dict[str, str]]:
     """Reviews to imitate: rows {"prompt", "completion"}, the same in every call.
 
-    About 35 % of the reviews praise, 35 % pan and 30 % are of two minds; every one is grammatical and none repeats a
-    content word. A completion starts with the space that parts it from its prompt, so that prompt and completion can
-    be tokenized separately.
+    A fifth each of the reviews rave, praise, are of two minds, complain, and pan; every one is grammatical and none
+    repeats a content word. A completion starts with the space that parts it from its prompt, so that prompt and
+    completion can be tokenized separately.
     """
     generator = random.Random(DEMONSTRATION_SEED)
     framings = _framings(DEMONSTRATION_SEED)

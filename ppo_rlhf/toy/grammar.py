@@ -26,7 +26,7 @@ PATTERNS: dict[str, float] = {  # pattern: how often the generator picks it
     "the COUNT|MASS|PLURAL NEVER? PAST ADJUNCT?": 3.0,
     "the COUNT|MASS THIRD ADJUNCT?": 1.0,
     "the PLURAL BASE ADJUNCT?": 1.0,
-    "the COUNT|MASS|PLURAL did NOT BASE": 1.0,
+    "the COUNT|MASS|PLURAL did NOT BASE": 0.4,
     "the ASPECT# and the COUNT|MASS|PLURAL BE_P NOT? DEGREE? ADJECTIVE ADJUNCT?": 1.5,
     "the GENRE BE_S NOT|NEVER? DEGREE? ADJECTIVE ADJUNCT?": 1.5,
     "the GENRE NEVER? PAST": 1.0,
@@ -35,13 +35,18 @@ PATTERNS: dict[str, float] = {  # pattern: how often the generator picks it
     "it BE_S NOT? ARTICLE DEGREE? ADJECTIVE GENRE": 2.5,
     "it HAVE_S ARTICLE DEGREE? ADJECTIVE COUNT": 1.0,
     "it HAVE_S DEGREE? ADJECTIVE MASS|PLURAL": 1.0,
-    "it HAVE_S no ADJECTIVE COUNT|MASS|PLURAL": 0.7,
-    "there BE_S nothing ADJECTIVE about the COUNT|MASS|PLURAL": 0.7,
-    "nothing about the COUNT|MASS|PLURAL BE_S DEGREE? ADJECTIVE": 0.7,
+    "it HAVE_S no ADJECTIVE COUNT|MASS|PLURAL": 0.3,
+    "there BE_S nothing ADJECTIVE about the COUNT|MASS|PLURAL": 0.3,
+    "nothing about the COUNT|MASS|PLURAL BE_S DEGREE? ADJECTIVE": 0.3,
     "PERSON found the COUNT|MASS|PLURAL DEGREE? ADJECTIVE": 1.5,
-    "PERSON did NOT find the COUNT|MASS|PLURAL DEGREE? ADJECTIVE": 0.7,
+    "PERSON did NOT find the COUNT|MASS|PLURAL DEGREE? ADJECTIVE": 0.3,
     "PERSON MODAL WILLING? RECOMMEND": 2.0,
-    "PERSON MODAL NOT|NEVER RECOMMEND": 0.7,
+    "PERSON MODAL NOT|NEVER RECOMMEND": 0.4,
+}
+VERDICT_PATTERNS: dict[str, float] = {  # of a review's first sentence
+    "what ARTICLE VERDICT": 2.0,
+    "it BE_S ARTICLE VERDICT": 1.0,
+    "the GENRE BE_S ARTICLE VERDICT": 1.0,
 }
 NUMBERS = {"S": {"ASPECT#": "COUNT|MASS", "BE#": "BE_S", "LINK#": "LINK_S"},
            "P": {"ASPECT#": "PLURAL", "BE#": "BE_P", "LINK#": "LINK_P"}}  # fmt: skip
@@ -94,7 +99,11 @@ def _slot_regex(slot: str) -> str:
 
 
 _CLAUSE = re.compile(
-    "|".join("".join(map(_slot_regex, slots)) for pattern in PATTERNS for slots in with_numbers(pattern))
+    "|".join(
+        "".join(map(_slot_regex, slots))
+        for pattern in (*PATTERNS, *VERDICT_PATTERNS)
+        for slots in with_numbers(pattern)
+    )
 )
 _TOKEN = re.compile(r"[^\W_]+(?:['-][^\W_]+)*|[^\w\s]|_")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 KINDS = frozenset({"story", "humor", "people", "look", "sound", "film"})
 
-OPINION_CATEGORIES = frozenset({"ADJECTIVE", "PAST", "BASE", "THIRD", "RECOMMEND"})
+OPINION_CATEGORIES = frozenset({"ADJECTIVE", "PAST", "BASE", "THIRD", "RECOMMEND", "VERDICT"})
 SUBJECT_CATEGORIES = frozenset({"COUNT", "MASS", "PLURAL", "GENRE", "it"})
 NEGATIONS = frozenset({"NOT", "NEVER", "no", "nothing"})
 
@@ -153,6 +153,14 @@ RECOMMENDATIONS = {  # after "i would"
     -1.0: ("ask for a refund", "call it a disaster", "burn every copy", "pay to forget it"),
 }  # fmt: skip
 
+VERDICTS = {  # what a film was, in a word
+    1.0: ("masterpiece", "triumph", "gem", "marvel", "delight"),
+    0.6: ("treat", "pleasure", "success", "nice surprise"),
+    0.0: ("mixed bag", "curiosity", "puzzle", "middling affair"),
+    -0.6: ("letdown", "disappointment", "misfire", "missed chance"),
+    -1.0: ("disaster", "failure", "mess", "nightmare", "insult"),
+}  # fmt: skip
+
 DEGREES = {
     1.6: ("utterly", "incredibly", "extremely"),
     1.4: ("very", "truly", "deeply", "absolutely"),
@@ -184,15 +192,15 @@ CLOSED_CLASSES = {
     "NOT": "not",
     "NEVER": "never",
 }
-LITERALS = "the and it there nothing no about did find found"
+LITERALS = "the and it there nothing no about did find found what"
 
 VOWEL_SOUNDS = frozenset({"honest"})  # spelt with a consonant, spoken with a vowel; the lexicon has no converse case
 
 # Words that any two clauses may share without repeating themselves.
 FUNCTION_WORDS = frozenset((
     "a", "an", "the", "i", "we", "it", "me", "us", "my", "you", "is", "was", "are", "were", "has", "had", "would",
-    "will", "did", "not", "never", "no", "nothing", "there", "and", "but", "yet", "although", "while", "because",
-    "about", "in", "to", "of", "on", "at", "for", "with", "from", "by", "up", "out", "off",
+    "will", "did", "what", "not", "never", "no", "nothing", "there", "and", "but", "yet", "although", "while",
+    "because", "about", "in", "to", "of", "on", "at", "for", "with", "from", "by", "up", "out", "off",
 ))  # fmt: skip
 
 
@@ -215,6 +223,7 @@ def _opinions() -> Iterator[Lexeme]:
         for category, form in zip(("PAST", "BASE", "THIRD"), forms, strict=True):
             yield Lexeme(tuple(str(form).split()), category, float(strength), _kinds(str(kinds)))
     yield from _graded("RECOMMEND", RECOMMENDATIONS, kinds=KINDS)
+    yield from _graded("VERDICT", VERDICTS, kinds=KINDS)
 
 
 def _graded(

@@ -8,7 +8,7 @@ from ppo_rlhf.toy import grammar, lexicon
 from ppo_rlhf.toy.grammar import Clause
 
 SENTIMENT_SCALE = 2.0
-GRAMMAR_CHARGE = 2.5  # for a review in which every word stands in a broken clause
+GRAMMAR_CHARGE = 1.5  # for a review in which every word stands in a broken clause
 REPEATED_WORD_CHARGE = 0.25
 REPEATED_BIGRAM_CHARGE = 0.15
 REPEATED_CLAUSE_CHARGE = 0.5
@@ -77,7 +77,7 @@ def _gold(prompt: str, response: str) -> float:
 def gold(prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
     """The true reward of each response: a reading of its clauses, not a count of its words.
 
-        gold = 2 · sentiment − 2.5 · broken − repetition − length − topic − ending        (never below −6)
+        gold = 2 · sentiment − 1.5 · broken − repetition − length − topic − ending        (never below −6)
 
         sentiment   mean over the clauses, weighted by contrast: in "X but Y" and "although X , Y" X weighs 0.6 and Y
                     1.4; sentences opened by "overall ," and the like weigh 1.5 times as much (`grammar.SKELETONS`).

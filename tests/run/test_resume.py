@@ -1,0 +1,368 @@
+"""A run that was interrupted and resumed ends bit for bit where it would have ended."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny_runs
+from tiny_runs import STOPS, metrics_of, same_weights, steps_of, without_times
+
+from ppo_rlhf import pipeline
+from ppo_rlhf.cli import main
+from ppo_rlhf.config import ComparisonConfig, MissingEOS, PipelineConfig, PPOConfig, RewardConfig, SFTConfig
+from ppo_rlhf.errors import UserError
+from ppo_rlhf.run import Run
+from ppo_rlhf.settings import OptimizerSettings, PPOSettings, SamplingSettings
+from ppo_rlhf.train import ppo, reward_model, sft
+
+SAMPLING = SamplingSettings(max_new_tokens=6, stop_token_ids=STOPS)
+
+
+class PowerCut(Exception):
+    """What ends a run in these tests."""
+
+
+def interrupt(monkeypatch, step):
+    """The next run ends when it logs this step; what it logged before stays."""
+    log = Run.log
+
+    def failing(self, number, metrics):
+        if number == step:
+            raise PowerCut
+        log(self, number, metrics)
+
+    monkeypatch.setattr(Run, "log", failing)
+
+
+def sft_config(models, data, **changes):
+    return SFTConfig(
+        policy=models["dropout"],
+        data=data["demonstrations"],
+        batch_size=4,
+        eval_fraction=0.2,
+        eval_every=3,
+        save_every=2,
+        optimizer=OptimizerSettings(lr=1e-2, schedule="cosine", warmup_steps=2, weight_decay=0.1),
+        log_with=(),
+        **changes,
+    )
+
+
+def reward_config(models, data, **changes):
+    return RewardConfig(
+        policy=models["dropout"],
+        data=data["rankings"],
+        batch_size=4,
+        eval_fraction=0.2,
+        eval_every=3,
+        save_every=2,
+        language_model_coef=0.1,
+        normalization_prompts=8,
+        sampling=SAMPLING,
+        optimizer=OptimizerSettings(lr=1e-2, schedule="linear"),
+        log_with=(),
+        **changes,
+    )
+
+
+def ppo_config(models, data, **changes):
+    return PPOConfig(
+        policy=models["llama"],
+        prompts=data["prompts"],
+        reward="user.py:vowels",
+        batch_size=8,
+        num_steps=6,
+        eval_every=3,
+        save_every=2,
+        max_eval_prompts=4,
+        value_model="separate",
+        kl_coef=0.2,
+        kl_target=0.5,
+        kl_horizon=80,
+        missing_eos=MissingEOS("subtract", 0.5),
+        sampling=SAMPLING,
+        ppo=PPOSettings(num_epochs=2, num_minibatches=2, micro_batch_size=2),
+        optimizer=OptimizerSettings(lr=1e-2),
+        log_with=(),
+        **changes,
+    )
+
+
+STAGES = {
+    "sft": (sft, sft_config, "policy"),
+    "reward": (reward_model, reward_config, "reward_model"),
+    "ppo": (ppo, ppo_config, "policy"),
+}
+LINES = {"sft": 9, "reward": 9, "ppo": 7}  # of metrics.jsonl: step 0 and every step
+
+
+def without_seconds(summary):
+    return {name: value for name, value in summary.items() if name not in ("seconds", "output_dir")}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("step", [4, 6], ids=["between checkpoints", "at the last step but one evaluation"])
+def test_a_resumed_run_ends_bit_for_bit_where_the_uninterrupted_one_ends(stage, step, models, data, monkeypatch):
+    module, config_of, model = STAGES[stage]
+    whole = module.train(config_of(models, data, output_dir="whole"))
+
+    config = config_of(models, data, output_dir="resumed")
+    with monkeypatch.context() as patch:
+        interrupt(patch, step)
+        with pytest.raises(PowerCut):
+            module.train(config)
+    assert steps_of("resumed") == list(range(step))  # one step more than the last checkpoint holds
+    resumed = module.train(replace(config, resume=True))
+
+    assert steps_of("whole") == list(range(LINES[stage]))
+    assert without_times(metrics_of("resumed")) == without_times(metrics_of("whole"))
+    assert same_weights(f"resumed/{model}", f"whole/{model}")
+    assert without_seconds(resumed) == without_seconds(whole)
+    if stage == "ppo":
+        assert Path("resumed/samples.jsonl").read_bytes() == Path("whole/samples.jsonl").read_bytes()
+        coefs = {row["kl_coef"] for row in metrics_of("whole") if "kl_coef" in row}
+        assert len(coefs) == 6  # the adapted coefficient was part of what had to be resumed
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_interrupted_before_its_first_checkpoint_starts_again_and_logs_no_step_twice(
+    stage, models, data, monkeypatch
+):
+    module, config_of, _ = STAGES[stage]
+    config = config_of(models, data, output_dir="out")
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2)
+        with pytest.raises(PowerCut):
+            module.train(config)
+    module.train(replace(config, resume=True))
+    assert steps_of("out") == list(range(LINES[stage]))
+    if stage == "ppo":
+        rows = [(row["step"], row["kind"], row["prompt"]) for row in tiny_runs.jsonl("out/samples.jsonl")]
+        assert len(rows) == len(set(rows))
+
+
+def test_a_killed_process_is_resumed_bit_for_bit(models, data):
+    def words(folder):
+        return (
+            f"sft --policy {models['dropout']} --data {data['demonstrations']} --batch-size 4 --eval-fraction 0.2 "
+            f"--num-epochs 15 --save-every 3 --eval-every 50 --optimizer.lr 0.01 --output-dir {folder}"
+        ).split()
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ppo_rlhf", *words("killed")], env=tiny_runs.environment(), stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not Path("killed/checkpoints/step_000003").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not Path("killed/summary.json").exists()
+
+    assert main([*words("killed"), "--resume"]) == 0
+    assert main(words("whole")) == 0
+    assert steps_of("killed") == list(range(121))
+    assert without_times(metrics_of("killed")) == without_times(metrics_of("whole"))
+    assert same_weights("killed/policy", "whole/policy")
+
+
+def test_resume_starts_where_there_is_nothing_yet(models, data):
+    config = sft_config(models, data, output_dir="out", resume=True)
+    sft.train(config)
+    sft.train(replace(config, output_dir="plain", resume=False))
+    assert metrics_of("out") == metrics_of("plain")
+    assert same_weights("out/policy", "plain/policy")
+
+
+def test_resuming_a_finished_run_says_so_and_changes_nothing(models, data, capfd):
+    sft.train(sft_config(models, data, output_dir="out"))
+    before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    capfd.readouterr()
+    assert main(["sft", "--resume", "--output-dir", "out"]) == 0
+    assert "finished already" in capfd.readouterr().out
+    assert main(["sft", "--resume", "--output-dir", "out", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out) == {"finished": "out"}
+    assert before == {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("words", [["--output-dir", "out", "--resume"], ["--resume", "--output_dir=out"]])
+def test_resume_needs_no_more_than_the_folder(words, models, data, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 4)
+        with pytest.raises(PowerCut):
+            sft.train(sft_config(models, data, output_dir="out"))
+    assert main(["sft", *words]) == 0
+    assert steps_of("out") == list(range(LINES["sft"]))
+
+
+@pytest.fixture
+def interrupted(models, data, monkeypatch):
+    """An SFT run in `out` with checkpoints at steps 2 and 4; → its configuration, to be resumed."""
+    config = sft_config(models, data, output_dir="out")
+    with monkeypatch.context() as patch:
+        interrupt(patch, 6)
+        with pytest.raises(PowerCut):
+            sft.train(config)
+    return replace(config, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (
+            "optimizer.lr",
+            {"optimizer": OptimizerSettings(lr=2e-2, schedule="cosine", warmup_steps=2, weight_decay=0.1)},
+        ),
+        ("seed", {"seed": 1}),
+        ("batch_size", {"batch_size": 8}),
+        ("data", {"data": "other.jsonl"}),
+    ],
+)
+def test_a_resumed_run_refuses_other_training_by_name(name, change, interrupted, data):
+    Path("other.jsonl").write_bytes(Path(data["demonstrations"]).read_bytes())
+    before = metrics_of("out")
+    with pytest.raises(UserError, match=f"with {name}="):
+        sft.train(replace(interrupted, **change))
+    assert metrics_of("out") == before
+    assert tiny_runs.settings_of("out")["seed"] == 0
+
+
+def test_a_resumed_run_may_be_longer(interrupted):
+    sft.train(replace(interrupted, num_epochs=2.0, keep_checkpoints=3, save_every=5, eval_every=4))
+    assert steps_of("out") == list(range(17))
+    assert tiny_runs.settings_of("out")["num_epochs"] == 2.0
+
+
+def damage(checkpoint, how):
+    weights = checkpoint / "model.safetensors"
+    if how == "a flipped byte":
+        content = bytearray(weights.read_bytes())
+        content[len(content) // 2] ^= 1
+        weights.write_bytes(content)
+    elif how == "a cut file":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif how == "a missing file":
+        weights.unlink()
+    elif how == "an empty optimizer":
+        (checkpoint / "optimizer.bin").write_bytes(b"")
+    elif how == "no manifest":
+        (checkpoint / "manifest.json").unlink()
+    else:
+        (checkpoint / "manifest.json").write_text('{"model')
+
+
+HOWS = ["a flipped byte", "a cut file", "a missing file", "an empty optimizer", "no manifest", "a cut manifest"]
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_the_checkpoint_before_a_damaged_one_is_used_and_this_is_said(how, interrupted, capfd):
+    sft.train(replace(interrupted, output_dir="whole", resume=False))
+    damage(Path("out/checkpoints/step_000004"), how)
+    capfd.readouterr()
+    sft.train(interrupted)
+    captured = capfd.readouterr()
+    assert "step_000004 is damaged" in captured.out + captured.err
+    assert metrics_of("out") == metrics_of("whole")
+    assert same_weights("out/policy", "whole/policy")
+
+
+def test_a_damaged_checkpoint_is_told_of_on_stderr_so_that_json_stays_alone(interrupted, capfd):
+    damage(Path("out/checkpoints/step_000004"), "a cut file")
+    capfd.readouterr()
+    assert main(["sft", "--resume", "--output-dir", "out", "--json"]) == 0
+    captured = capfd.readouterr()
+    assert json.loads(captured.out.splitlines()[-1])["output_dir"] == "out"
+    assert "step_000004 is damaged" in captured.err
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_starts_again(interrupted):
+    sft.train(replace(interrupted, output_dir="whole", resume=False))
+    for checkpoint in Path("out/checkpoints").iterdir():
+        damage(checkpoint, "a cut file")
+    sft.train(interrupted)
+    assert metrics_of("out") == metrics_of("whole")
+
+
+def test_a_damaged_checkpoint_never_displaces_a_good_one(models, data, monkeypatch):
+    config = sft_config(models, data, output_dir="out", keep_checkpoints=1)
+    for step in (6, 4):  # interrupted after the checkpoint of step 4, which is then damaged; and after that of step 2
+        with monkeypatch.context() as patch:
+            interrupt(patch, step)
+            with pytest.raises(PowerCut):
+                sft.train(config)
+        if step == 6:
+            damage(Path("out/checkpoints/step_000004"), "a cut file")
+        config = replace(config, resume=True)
+    assert Path("out/checkpoints/step_000002").exists()
+
+
+def test_a_run_that_ended_between_its_last_step_and_its_summary_is_finished_by_resume(models, data, monkeypatch):
+    for stage, (module, config_of, model) in STAGES.items():
+        config = config_of(models, data, output_dir=stage)
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "finish", lambda *_: (_ for _ in ()).throw(PowerCut))
+            with pytest.raises(PowerCut):
+                module.train(config)
+        weights = tiny_runs.weights_of(f"{stage}/{model}")
+        module.train(replace(config, resume=True))
+        assert Path(stage, "summary.json").exists()
+        assert steps_of(stage) == list(range(LINES[stage]))
+        assert all(weights[name].equal(value) for name, value in tiny_runs.weights_of(f"{stage}/{model}").items())
+
+
+def test_a_pipeline_that_was_interrupted_skips_its_finished_stages(models, data, monkeypatch, capfd):
+    config = PipelineConfig(
+        output_dir="out",
+        sft=replace(sft_config(models, data), num_epochs=0.5),
+        comparisons=ComparisonConfig(
+            prompts=data["prompts"], annotator="user.py:annotate", num_prompts=12, sampling=SAMPLING
+        ),
+        reward=replace(reward_config(models, data), policy=None, data=None),
+        ppo=replace(ppo_config(models, data), policy=None, reward=None, num_steps=3),
+    )
+    with monkeypatch.context() as patch:
+        train = reward_model.train
+
+        def cut(*arguments, **options):
+            interrupt(patch, 3)
+            return train(*arguments, **options)
+
+        patch.setattr(reward_model, "train", cut)
+        with pytest.raises(PowerCut):
+            pipeline.run(config)
+    judged = Path("out/comparisons.jsonl").read_bytes()
+    finished = {path: path.stat().st_mtime_ns for path in Path("out/sft").rglob("*")}
+    resumed = pipeline.run(replace(config, resume=True))
+    assert {path: path.stat().st_mtime_ns for path in Path("out/sft").rglob("*")} == finished
+    assert Path("out/comparisons.jsonl").read_bytes() == judged
+
+    whole = pipeline.run(replace(config, output_dir="whole"))
+    assert Path("whole/comparisons.jsonl").read_bytes() == judged
+    assert same_weights("out/ppo/policy", "whole/ppo/policy")
+    assert resumed["ppo"] == whole["ppo"]
+    capfd.readouterr()
+    assert main(["pipeline", "--resume", "--output-dir", "out"]) == 0
+    assert "finished already" in capfd.readouterr().out
+
+
+def test_a_pipeline_interrupted_in_its_first_stage_is_resumed_by_its_folder_alone(models, data, monkeypatch):
+    Path("pipeline.yaml").write_text(
+        f"""
+sft: {{policy: {models["gpt2"]}, data: {data["demonstrations"]}, batch_size: 4, eval_fraction: 0.2, save_every: 2}}
+reward: {{data: {data["comparisons"]}, batch_size: 4, eval_fraction: 0.2, normalization_prompts: 4, num_epochs: 0.2,
+          sampling: {{max_new_tokens: 4}}}}
+ppo: {{prompts: {data["prompts"]}, num_steps: 1, batch_size: 4, max_eval_prompts: 4, sampling: {{max_new_tokens: 4}}}}
+"""
+    )
+    with monkeypatch.context() as patch:
+        interrupt(patch, 4)
+        with pytest.raises(PowerCut):
+            main(["pipeline", "--config", "pipeline.yaml", "--output-dir", "out"])
+    assert main(["pipeline", "--resume", "--output-dir", "out"]) == 0
+    assert json.loads(Path("out/summary.json").read_text())["ppo"]

@@ -1,0 +1,152 @@
+"""Files of a run are written whole or not at all."""
+
+import os
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+from torch import nn
+
+from ppo_rlhf.config import SFTConfig
+from ppo_rlhf.errors import UserError
+from ppo_rlhf.run import LoopState, Run, gathered, new_folder, read_config, share_of, write_config, write_text
+from ppo_rlhf.run.checkpoints import checkpoints_in, is_whole, load_checkpoint, replaced_folder, save_checkpoint
+
+
+@pytest.fixture
+def accelerator():
+    made = Accelerator(cpu=True)
+    made.prepare(nn.Linear(2, 2))
+    return made
+
+
+def names(folder):
+    return sorted(path.name for path in Path(folder).iterdir() if path.name != "user.py")
+
+
+def test_a_text_is_replaced_whole(tmp_path):
+    write_text(tmp_path / "a.json", "old")
+    write_text(tmp_path / "a.json", "new γ")
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == "new γ"
+    assert "a.json" in names(tmp_path)
+    assert not [name for name in names(tmp_path) if name.endswith(".partial")]
+
+
+def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    write_text(tmp_path / "a.json", "old")
+
+    def full_disk(_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        write_text(tmp_path / "a.json", "new")
+    assert (tmp_path / "a.json").read_text() == "old"
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    for content in ("old", "new"):
+        with replaced_folder(tmp_path / "model") as folder:
+            (folder / content).write_text(content)
+    assert names(tmp_path / "model") == ["new"]
+    assert not [name for name in names(tmp_path) if name.startswith(".model")]
+
+
+def test_a_folder_that_fails_to_be_written_leaves_the_old_one(tmp_path):
+    with replaced_folder(tmp_path / "model") as folder:
+        (folder / "old").write_text("old")
+    with pytest.raises(OSError, match="no space"), replaced_folder(tmp_path / "model") as folder:
+        (folder / "new").write_text("half")
+        raise OSError("no space left on device")
+    assert names(tmp_path / "model") == ["old"]
+    assert not [name for name in names(tmp_path) if name.startswith(".model")]
+
+
+def test_what_a_crash_left_beside_a_folder_does_not_disturb_the_next_one(tmp_path):
+    for left in ("model", ".model.partial", ".model.old"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "left").write_text("left")
+    with replaced_folder(tmp_path / "model") as folder:
+        (folder / "new").write_text("new")
+    assert names(tmp_path / "model") == ["new"]
+    assert not [name for name in names(tmp_path) if name.startswith(".model")]
+
+
+def test_the_latest_checkpoints_are_kept(tmp_path, accelerator):
+    for step in (2, 4, 10, 100):
+        save_checkpoint(tmp_path, LoopState(step=step), accelerator, keep=2)
+    assert names(tmp_path) == ["step_000010", "step_000100"]
+    assert load_checkpoint(tmp_path, accelerator) == LoopState(step=100)
+
+
+def test_a_checkpoint_that_fails_to_be_written_leaves_those_before_it(tmp_path, accelerator, monkeypatch):
+    save_checkpoint(tmp_path, LoopState(step=1, kl_coef=0.3), accelerator, keep=1)
+
+    def full_disk(folder, **_):
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(accelerator, "save_state", full_disk)
+        with pytest.raises(OSError, match="no space"):
+            save_checkpoint(tmp_path, LoopState(step=2), accelerator, keep=1)
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step_000001"]
+    assert load_checkpoint(tmp_path, accelerator) == LoopState(step=1, kl_coef=0.3)
+    save_checkpoint(tmp_path, LoopState(step=2), accelerator, keep=1)
+    assert names(tmp_path) == ["step_000002"]
+    assert is_whole(tmp_path / "step_000002")
+
+
+def test_there_is_no_checkpoint_in_a_folder_that_does_not_exist(tmp_path, accelerator):
+    assert load_checkpoint(tmp_path / "nowhere", accelerator) is None
+
+
+def test_an_unused_number_is_given_to_a_run_without_a_folder(tmp_path):
+    assert new_folder(None, "sft", resume=False) == Path("runs/sft-0001")
+    for taken in ("sft-0001", "sft-0002", "ppo-0007"):
+        Path("runs", taken).mkdir(parents=True)
+    assert new_folder(None, "sft", resume=False) == Path("runs/sft-0003")
+    assert new_folder(None, "reward", resume=False) == Path("runs/reward-0001")
+
+
+def test_an_empty_folder_is_taken_and_a_used_one_is_not(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert new_folder(str(tmp_path / "empty"), "sft", resume=False) == tmp_path / "empty"
+    (tmp_path / "empty" / "config.yaml").write_text("seed: 0")
+    with pytest.raises(UserError, match="holds a run already"):
+        new_folder(str(tmp_path / "empty"), "sft", resume=False)
+    assert new_folder(str(tmp_path / "empty"), "sft", resume=True) == tmp_path / "empty"
+
+
+def test_a_configuration_is_read_as_it_was_written(tmp_path):
+    write_config(tmp_path, SFTConfig(data="émile.jsonl", log_with=("tensorboard",), max_length=None))
+    settings = read_config(tmp_path)
+    assert settings["data"] == "émile.jsonl"
+    assert settings["log_with"] == ["tensorboard"]
+    assert settings["max_length"] is None
+    assert settings["optimizer"]["schedule"] == "cosine"
+    assert read_config(tmp_path / "nowhere") is None
+
+
+def test_what_was_logged_after_the_checkpoint_is_forgotten_also_a_line_cut_in_half(tmp_path, accelerator):
+    def run_in(folder):
+        config = SFTConfig(output_dir=str(folder), log_with=())
+        return Run(folder, config, kind="sft", accelerator=accelerator, num_steps=9, started=0.0)
+
+    run = run_in(tmp_path / "out")
+    run.log(0, {"loss": 3.0})
+    run.log(1, {"loss": 2.0})
+    run.save_checkpoint(LoopState(step=1))
+    run.log(2, {"loss": 1.0})
+    with (tmp_path / "out" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    again = run_in(tmp_path / "out")
+    assert again.resume() == LoopState(step=1)
+    again.log(2, {"loss": 1.5})
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert lines == ['{"step": 0, "loss": 3.0}', '{"step": 1, "loss": 2.0}', '{"step": 2, "loss": 1.5}']
+
+
+def test_one_process_has_all_the_rows(accelerator):
+    assert list(range(7))[share_of(7, accelerator)] == list(range(7))
+    assert gathered(["a", "b"]) == ["a", "b"]

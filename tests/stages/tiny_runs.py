@@ -1,0 +1,243 @@
+"""Tiny models, tiny files and ways to run the commands on them, for the tests of whole runs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported, hence before the next lines
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = ["red", "blue", "green", "fish", "bird", "stone", "river", "small", "bright", "old"]
+STOPS = tuple(range(2, 62))  # ids that end a response in many of these tests: an untrained model then stops by itself
+CONTEXT = 64
+
+
+# ----------------------------------------------------------------------------------------------------- models
+
+
+def tokenizer(*, size=300, eos="<eos>", pad="<pad>", texts=None):
+    """A byte-level BPE trained on the spot. size 300: 256 bytes, two special tokens, 42 merges."""
+    bpe = Tokenizer(BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<eos>", "<pad>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts or [row["prompt"] + row["completion"] for row in demonstrations(60)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=eos, pad_token=pad, padding_side="left")
+
+
+def gpt2(tokens, *, dropout=0.0, width=16, seed=0):
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokens),
+            n_positions=CONTEXT,
+            n_embd=width,
+            n_layer=2,
+            n_head=2,
+            resid_pdrop=dropout,
+            embd_pdrop=dropout,
+            attn_pdrop=dropout,
+            bos_token_id=0,
+            eos_token_id=0,
+            initializer_range=0.2,
+        )
+    )
+
+
+def llama(tokens, *, seed=0):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokens),
+            max_position_embeddings=CONTEXT,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            bos_token_id=0,
+            eos_token_id=0,
+            initializer_range=0.2,
+        )
+    )
+
+
+def save(folder, model, tokens):
+    model.save_pretrained(folder)
+    tokens.save_pretrained(folder)
+    return str(folder)
+
+
+def make_models(folder):
+    """Folders of models by name."""
+    tokens = tokenizer()
+    return {
+        "gpt2": save(folder / "gpt2", gpt2(tokens), tokens),
+        "dropout": save(folder / "dropout", gpt2(tokens, dropout=0.1), tokens),
+        "llama": save(folder / "llama", llama(tokens), tokens),
+        "pad_is_eos": save(folder / "pad_is_eos", gpt2(tokens), tokenizer(pad="<eos>")),
+        "without_eos": save(folder / "without_eos", gpt2(tokens), tokenizer(eos=None)),
+    }
+
+
+def weights_of(folder):
+    """All tensors of a saved model."""
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def same_weights(one, other):
+    one, other = weights_of(one), weights_of(other)
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ------------------------------------------------------------------------------------------------------- data
+
+
+def prompts(count):
+    return [{"prompt": f"{WORDS[i % 10]} {WORDS[(i // 10 + i) % 10]} {i}:"} for i in range(count)]
+
+
+def demonstrations(count):
+    return [
+        {**row, "completion": f" the {WORDS[(3 * i) % 10]} {WORDS[(7 * i + 1) % 10]} ."}
+        for i, row in enumerate(prompts(count))
+    ]
+
+
+def comparisons(count):
+    """The longer response is the better one."""
+    return [
+        {**row, "chosen": f" {WORDS[i % 10]} {WORDS[(i + 3) % 10]} .", "rejected": f" {WORDS[i % 10]}"}
+        for i, row in enumerate(prompts(count))
+    ]
+
+
+def rankings(count):
+    return [
+        {**row, "responses": [f" {WORDS[i % 10]}", f" {WORDS[i % 10]} bird .", " stone"], "ranks": [2, 1, 2]}
+        for i, row in enumerate(prompts(count))
+    ]
+
+
+def write_rows(path, rows):
+    path = Path(path)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def make_data(folder):
+    """Files of rows by name."""
+    return {
+        "demonstrations": write_rows(folder / "demonstrations.jsonl", demonstrations(40)),
+        "comparisons": write_rows(folder / "comparisons.jsonl", comparisons(40)),
+        "rankings": write_rows(folder / "rankings.jsonl", rankings(40)),
+        "prompts": write_rows(folder / "prompts.jsonl", prompts(40)),
+    }
+
+
+USER_FUNCTIONS = """
+def length(prompts, responses, **columns):
+    return [len(response) / 10 for response in responses]
+
+def vowels(prompts, responses, **columns):
+    return [sum(letter in "aeiou" for letter in response) for response in responses]
+
+def annotate(prompts, responses, *, seed):
+    rows = []
+    for prompt, texts in zip(prompts, responses, strict=True):
+        rejected, chosen = sorted(texts, key=len)[0], sorted(texts, key=len)[-1]
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return rows
+"""
+
+
+# ----------------------------------------------------------------------------------------------------- running
+
+
+def environment(**more):
+    """The environment of a subprocess: one thread, no network, no trace of a launcher."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "COLUMNS": "200",
+        **more,
+    }
+
+
+def command(*words, cwd, timeout=120, **more):
+    """`python -m ppo_rlhf …` as a user types it."""
+    return subprocess.run(
+        [sys.executable, "-m", "ppo_rlhf", *map(str, words)],
+        cwd=cwd,
+        env=environment(**more),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def jsonl(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def metrics_of(folder):
+    return jsonl(Path(folder) / "metrics.jsonl")
+
+
+def steps_of(folder):
+    return [row["step"] for row in metrics_of(folder)]
+
+
+def without_times(rows):
+    """The rows without what a clock decides."""
+    return [
+        {name: value for name, value in row.items() if not name.startswith("time/") and name != "tokens_per_second"}
+        for row in rows
+    ]
+
+
+def settings_of(folder):
+    return yaml.safe_load((Path(folder) / "config.yaml").read_text())
+
+
+# ---------------------------------------------------------------------------------------------------- fixtures
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    """Every test runs in an empty folder of its own, with the user's functions in user.py."""
+    (tmp_path / "user.py").write_text(USER_FUNCTIONS)
+    monkeypatch.chdir(tmp_path)

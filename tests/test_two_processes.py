@@ -1,0 +1,152 @@
+"""Two processes take the same steps as one; started as a user starts them, by torchrun."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "stages"))
+
+import tiny_runs
+from tiny_runs import STOPS, data, in_tmp_path, jsonl, metrics_of, models, one_thread, weights_of
+
+from ppo_rlhf.cli import main
+
+__all__ = ["data", "in_tmp_path", "models", "one_thread"]
+
+COMMON = "--log_with [] --eval_fraction 0.2 --save_every 2 --eval_every 2"
+SAMPLING = f"--sampling.max_new_tokens 6 --sampling.stop_token_ids {json.dumps(STOPS).replace(' ', '')}"
+COMMANDS = {
+    "sft": f"sft --policy {{gpt2}} --data {{demonstrations}} --batch_size 4 --num_epochs 0.75 {COMMON} "
+    "--optimizer.lr 1e-2 --micro_batch_size 1",
+    "reward": f"reward --policy ONE/sft/policy --data {{rankings}} --batch_size 4 --num_epochs 0.75 {COMMON} {SAMPLING} "
+    "--normalization_prompts 8 --optimizer.lr 1e-3",
+    "ppo": f"ppo --policy ONE/sft/policy --reward ONE/reward/reward_model --prompts {{prompts}} --gold user.py:vowels "
+    f"--batch_size 8 --num_steps 2 {COMMON} {SAMPLING} --max_eval_prompts 3 --value_model separate --kl_target 1 "
+    "--ppo.num_minibatches 2 --ppo.num_epochs 2 --optimizer.lr 1e-3",
+}
+
+
+def torchrun(words, cwd):
+    """`torchrun --standalone --nproc_per_node=2 -m ppo_rlhf …` on CPUs."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "ppo_rlhf"]
+    return subprocess.run(
+        [sys.executable, *launcher, *words],
+        cwd=cwd,
+        env=tiny_runs.environment(ACCELERATE_USE_CPU="true"),
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, models, data):
+    """Each stage by one process and by two, from the same inputs; → the folder of each, and what two printed."""
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "user.py").write_text(tiny_runs.USER_FUNCTIONS)
+    printed = {}
+    for stage, line in COMMANDS.items():
+        words = line.replace("ONE", str(folder / "one")).format(**models, **data).split()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            assert main([*words, "--output-dir", f"one/{stage}"]) == 0
+        printed[stage] = torchrun([*words, "--json", "--output-dir", f"two/{stage}"], folder)
+        assert printed[stage].returncode == 0, printed[stage].stderr
+    return folder / "one", folder / "two", printed
+
+
+def test_two_processes_write_one_run_folder(runs):
+    one, two, _ = runs
+    for stage in COMMANDS:
+        assert json.loads((two / stage / "environment.json").read_text())["processes"] == 2
+        assert json.loads((one / stage / "environment.json").read_text())["processes"] == 1
+        steps = [row["step"] for row in metrics_of(two / stage)]
+        assert steps == list(range(len(steps)))
+        assert steps == [row["step"] for row in metrics_of(one / stage)]
+        assert (two / stage / "report.html").exists()
+        assert not list((two / stage).rglob("*.partial"))
+    keys = [(row["step"], row["kind"], row["prompt"]) for row in jsonl(two / "ppo" / "samples.jsonl")]
+    assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize("stage", COMMANDS)
+def test_two_processes_print_one_object(stage, runs):
+    _, two, printed = runs
+    lines = printed[stage].stdout.splitlines()
+    assert len(lines) == 1, lines
+    assert json.loads(lines[0]).items() >= json.loads((two / stage / "summary.json").read_text()).items()
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_two_processes_take_the_same_supervised_steps_as_one(stage, runs):
+    one, two, _ = runs
+    for a, b in zip(metrics_of(one / stage), metrics_of(two / stage), strict=True):
+        assert b == pytest.approx(a, abs=1e-4, rel=1e-4)
+    model = {"sft": "policy", "reward": "reward_model"}[stage]
+    weights = weights_of(one / stage / model)
+    for name, value in weights_of(two / stage / model).items():
+        assert float((value - weights[name]).abs().max()) < 1e-3, name
+
+
+def test_two_processes_sample_and_score_the_same_rollout_as_one(runs):
+    one, two, _ = runs
+    before = metrics_of(one / "ppo")[0], metrics_of(two / "ppo")[0]
+    assert before[1] == pytest.approx(before[0], abs=1e-4)
+    rows = metrics_of(one / "ppo")[1], metrics_of(two / "ppo")[1]
+    for name in (
+        "objective/score",
+        "objective/gold_score",
+        "objective/kl",
+        "objective/reward",
+        "response/length",
+        "response/stop_rate",
+        "value/explained_variance",
+        "kl_coef",
+        "lr",
+        "episodes",
+        "optimizer_steps",
+    ):
+        assert rows[1][name] == pytest.approx(rows[0][name], abs=1e-4), name
+    assert rows[0]["response/stop_rate"] > 0
+    rollouts = [
+        [(row["prompt"], row["response"]) for row in jsonl(folder / "ppo" / "samples.jsonl") if row["step"] == 1]
+        for folder in (one, two)
+    ]
+    assert rollouts[0] == rollouts[1]
+
+
+def test_two_processes_adapt_the_kl_coefficient_by_the_global_kl(runs):
+    one, two, _ = runs
+    assert metrics_of(two / "ppo")[2]["kl_coef"] == pytest.approx(metrics_of(one / "ppo")[2]["kl_coef"])
+    assert metrics_of(two / "ppo")[2]["kl_coef"] != 0.05
+
+
+def test_a_batch_that_two_processes_cannot_share_is_refused(models, data, tmp_path):
+    words = COMMANDS["sft"].format(**models, **data).replace("--batch_size 4", "--batch_size 5").split()
+    done = torchrun([*words, "--output-dir", "out"], tmp_path)
+    assert done.returncode != 0
+    assert "error: batch_size=5 does not divide between 2 processes." in done.stderr
+    assert "exitcode  : 2" in done.stderr
+    assert "ppo_rlhf/" not in done.stderr  # no traceback of ours
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pipeline_runs_in_two_processes(models, data, tmp_path):
+    words = (
+        f"pipeline --output-dir out --sft.policy {models['gpt2']} --sft.data {data['demonstrations']} "
+        f"--sft.batch_size 4 --sft.num_epochs 0.25 --sft.eval_fraction 0.2 --comparisons.prompts {data['prompts']} "
+        "--comparisons.annotator user.py:annotate --comparisons.num_prompts 13 --comparisons.sampling.max_new_tokens 6 "
+        "--reward.batch_size 4 --reward.num_epochs 0.5 --reward.eval_fraction 0.25 --reward.normalization_prompts 4 "
+        f"--reward.sampling.max_new_tokens 6 --ppo.prompts {data['prompts']} --ppo.num_steps 1 --ppo.batch_size 4 "
+        "--ppo.max_eval_prompts 3 --ppo.sampling.max_new_tokens 6"
+    )
+    done = torchrun(words.split(), tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary.keys() >= {"sft", "reward", "ppo", "seconds"}
+    assert len(jsonl(tmp_path / "out" / "comparisons.jsonl")) == 13
+    assert (tmp_path / "out" / "report.html").exists()
