@@ -63,13 +63,19 @@ def _from_source(source: str, setting: str) -> Iterable[dict[str, Any]]:
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{setting}: {source} cannot be loaded: {first}") from error
-    return loaded["train"] if isinstance(loaded, DatasetDict) else loaded
+    if not isinstance(loaded, DatasetDict):
+        return loaded
+    if "train" not in loaded:
+        raise UserError(f"{setting}: {source} has no split 'train', only {', '.join(loaded)}; give one split's folder.")
+    return loaded["train"]
 
 
 def text_column(rows: Rows, column: str, *, setting: str, empty: bool = False) -> list[str]:
-    """The column's texts. Raises UserError for a value that is not text, or is blank where `empty` is False."""
-    texts = [row[column] for row in rows]
+    """The column's texts. Raises UserError for one that is missing, not text, or blank where `empty` is False."""
+    texts: list[Any] = [row.get(column) for row in rows]
     for index, text in enumerate(texts):
+        if column not in rows[index]:
+            raise UserError(f"{setting}: row {index} has no column {column!r}, only {', '.join(sorted(rows[index]))}.")
         if not isinstance(text, str):
             raise UserError(f"{setting}: row {index}, column {column!r} is {type(text).__name__}, not text.")
         if not empty and not text.strip():

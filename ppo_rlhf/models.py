@@ -52,9 +52,12 @@ def load_policy(
 def load_tokenizer(source: str, *, setting: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or a Hub name. Raises UserError when it cannot be loaded."""
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise UserError(f"{setting}: the tokenizer of {source} cannot be loaded: {_first_line(error)}") from error
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes of a folder without one
+        raise UserError(f"{setting}: there is no tokenizer in {source}; save it there: tokenizer.save_pretrained(…).")
+    return tokenizer
 
 
 def load_classifier(source: str, *, setting: str) -> PreTrainedModel:

@@ -83,9 +83,7 @@ class PolicyWithValue(nn.Module):
             "response_ids": response_ids,
             "response_mask": response_mask,
         }
-        logits, hidden = response_logits(
-            self.language_model, inputs, temperature=self.temperature, hidden=self.value_head is not None
-        )
+        logits, hidden = response_logits(self.language_model, inputs, hidden=self.value_head is not None)
         if self.value_head is not None:
             assert hidden is not None
             values = self.value_head(hidden).squeeze(-1).float()
@@ -93,20 +91,20 @@ class PolicyWithValue(nn.Module):
             assert self.value_model is not None
             values = at_predicting_positions(self.value_model(*sequences(inputs)), prompt_ids, response_ids)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable_entropy):
-            entropy = entropy_of(logits)
-        return Evaluation(logprobs_of(logits, safe_ids(response_ids, response_mask)), entropy, values)
+            entropy = entropy_of(logits, temperature=self.temperature)
+        logprobs = logprobs_of(logits, safe_ids(response_ids, response_mask), temperature=self.temperature)
+        return Evaluation(logprobs, entropy, values)
 
 
 def response_logprobs(language_model: PreTrainedModel, inputs: Inputs, *, temperature: float) -> Tensor:
     """log π(token) of each response token under a model without a value head, such as the reference. → (B, T)."""
-    logits, _ = response_logits(language_model, inputs, temperature=temperature, hidden=False)
-    return logprobs_of(logits, safe_ids(inputs["response_ids"], inputs["response_mask"]))
+    logits, _ = response_logits(language_model, inputs, hidden=False)
+    ids = safe_ids(inputs["response_ids"], inputs["response_mask"])
+    return logprobs_of(logits, ids, temperature=temperature)
 
 
-def response_logits(
-    language_model: PreTrainedModel, inputs: Inputs, *, temperature: float, hidden: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Logits ÷ temperature at the positions that predict the response, (B, T, V), and there the last hidden state.
+def response_logits(language_model: PreTrainedModel, inputs: Inputs, *, hidden: bool) -> tuple[Tensor, Tensor | None]:
+    """Logits at the positions that predict the response, (B, T, V), and there the last hidden state.
 
     The head runs on the response's positions alone.
     """
@@ -118,10 +116,7 @@ def response_logits(
         logits_to_keep=steps + 1,
         output_hidden_states=hidden,
     )
-    logits = output.logits[:, -steps - 1 : -1]
-    if temperature != 1.0:
-        logits = logits / temperature
-    return logits, output.hidden_states[-1][:, -steps - 1 : -1] if hidden else None
+    return output.logits[:, -steps - 1 : -1], output.hidden_states[-1][:, -steps - 1 : -1] if hidden else None
 
 
 def sequences(inputs: Inputs) -> tuple[Tensor, Tensor]:

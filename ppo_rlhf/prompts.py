@@ -40,6 +40,8 @@ class Prompts:
         self.pad_id = int(tokenizer.pad_token_id)
         self.ids: list[list[int]] = tokenizer(self.texts)["input_ids"]
         for index, ids in enumerate(self.ids):
+            if not ids:
+                raise UserError(f"{setting}: the tokenizer finds no token in prompt {index}, {self.texts[index]!r}.")
             if len(ids) > longest:
                 raise UserError(
                     f"{setting}: prompt {index} has {len(ids)} tokens; {longest} fit beside the response in "

@@ -14,20 +14,24 @@ from torch import Tensor
 SLICE_ELEMENTS = 2**22  # 16 MiB of float32: small enough for a CPU's caches to help, large enough for a GPU to be busy
 
 
-def logprobs_of(logits: Tensor, ids: Tensor) -> Tensor:
-    """log softmax(logits)[ids] in float32 (float64 stays). logits (B, T, V), ids (B, T) → (B, T)."""
+def logprobs_of(logits: Tensor, ids: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits ÷ temperature)[ids] in float32 (float64 stays). logits (B, T, V), ids (B, T) → (B, T)."""
 
     def piece(logits: Tensor, ids: Tensor) -> Tensor:
+        logits = _divided(logits, temperature)
         return logits.gather(-1, ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
     return _by_slices(piece, logits, ids)
 
 
-def entropy_of(logits: Tensor) -> Tensor:
-    """H = −Σ p·log p in nats, float32 (float64 stays). logits (B, T, V) → (B, T). Logits of −∞ add nothing."""
+def entropy_of(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """H = −Σ p·log p in nats, p = softmax(logits ÷ temperature), float32 (float64 stays). (B, T, V) → (B, T).
+
+    Logits of −∞ add nothing.
+    """
 
     def piece(logits: Tensor) -> Tensor:
-        logprobs = logits.log_softmax(-1)
+        logprobs = _divided(logits, temperature).log_softmax(-1)
         return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
 
     return _by_slices(piece, logits)
@@ -41,6 +45,11 @@ def _by_slices(function: Callable[..., Tensor], logits: Tensor, *others: Tensor)
 
 def _widened(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _divided(logits: Tensor, temperature: float) -> Tensor:
+    """After widening: a division in bf16 would round what float32 is to keep."""
+    return logits if temperature == 1.0 else logits / temperature
 
 
 def top_k_filter(logits: Tensor, k: int) -> Tensor:

@@ -52,6 +52,8 @@ def score(reward: RewardFunction, prompts: list[str], responses: list[str], colu
     except Exception as error:
         raise UserError(f"reward function {name} raised {type(error).__name__}: {error}") from error
     try:
+        if isinstance(answer, str):  # "12" would be the scores 1 and 2
+            raise TypeError("text")
         values = [float(value) for value in answer]
     except (TypeError, ValueError) as error:
         raise UserError(
@@ -59,8 +61,8 @@ def score(reward: RewardFunction, prompts: list[str], responses: list[str], colu
         ) from error
     if len(values) != len(responses):
         raise UserError(f"reward function {name} returned {len(values)} scores for {len(responses)} responses.")
-    for value, prompt, response in zip(values, prompts, responses, strict=True):
-        if not math.isfinite(value):
-            raise UserError(f"reward function {name} returned {value} for prompt {prompt!r}, response {response!r}.")
     total = torch.tensor(values, dtype=torch.float32)
+    for kept, value, prompt, response in zip(total.tolist(), values, prompts, responses, strict=True):
+        if not math.isfinite(kept):  # in float32, where 1e39 is infinite
+            raise UserError(f"reward function {name} returned {value} for prompt {prompt!r}, response {response!r}.")
     return Scores(total, {name: total})

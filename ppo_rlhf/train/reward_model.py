@@ -214,22 +214,30 @@ def rankings_of(rows: Rows, *, setting: str) -> list[Ranking]:
             "`prompt`, `responses`, `ranks`."
         )
     chosen, rejected = (text_column(rows, name, setting=setting, empty=True) for name in ("chosen", "rejected"))
+    margins = [row.get("margin") or 0.0 for row in rows]
+    for index, margin in enumerate(margins):
+        if not _is_number(margin):
+            raise UserError(f"{setting}: row {index}, column 'margin' is {margin!r}, not a number.")
     return [
-        Ranking(prompt, [better, worse], [(0, 1)], float(row.get("margin") or 0.0))
-        for prompt, better, worse, row in zip(prompts, chosen, rejected, rows, strict=True)
+        Ranking(prompt, [better, worse], [(0, 1)], float(margin))
+        for prompt, better, worse, margin in zip(prompts, chosen, rejected, margins, strict=True)
     ]
 
 
 def _ranking(prompt: str, row: dict[str, Any], where: str) -> Ranking:
-    responses, ranks = row["responses"], row.get("ranks")
+    responses, ranks = row.get("responses"), row.get("ranks")
     if not isinstance(responses, list) or len(responses) < 2 or not all(isinstance(text, str) for text in responses):
         raise UserError(f"{where}: `responses` must be a list of two or more texts.")
-    if not isinstance(ranks, list) or len(ranks) != len(responses):
+    if not isinstance(ranks, list) or len(ranks) != len(responses) or not all(map(_is_number, ranks)):
         raise UserError(f"{where}: `ranks` must be a list of {len(responses)} numbers, one a response.")
     pairs = [(a, b) for a, b in itertools.permutations(range(len(ranks)), 2) if ranks[a] < ranks[b]]
     if not pairs:
         raise UserError(f"{where}: all `ranks` are equal, so nothing is preferred; remove the row.")
     return Ranking(prompt, responses, pairs, 0.0)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def pair_tensors(rankings: Sequence[Ranking], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -284,7 +292,7 @@ def accuracy_of(differences: Tensor) -> float:
 
 def calibration_error(differences: Tensor) -> float:
     """Expected calibration error: |accuracy − confidence| over ten bins of confidence σ(|difference|), weighted."""
-    confidence, right = differences.abs().sigmoid(), (differences > 0).float()
+    confidence, right = differences.abs().sigmoid(), 0.5 * (differences.sign() + 1)  # a tie is half right
     bins = ((confidence - 0.5) * 2 * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
     total = 0.0
     for number in bins.unique():

@@ -124,6 +124,8 @@ def encode(
     demonstrations, num_cut = [], 0
     for index, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
         ids = [*prompt, *completion, tokenizer.eos_token_id]
+        if not prompt:  # nothing would predict the first token to learn
+            raise UserError(f"data: the tokenizer finds no token in the text or prompt of demonstration {index}.")
         if len(prompt) >= longest or (len(ids) > longest and not cut):
             raise UserError(
                 f"data: demonstration {index} has {len(ids)} tokens ({len(prompt)} of them the prompt), but {longest} "

@@ -96,14 +96,18 @@ def batch_of(step: int, num_steps: int, config: SupervisedConfig, lengths: Seque
     """The global batch of a step, a function of the step alone.
 
     Windows of the shuffled stream are sorted by length and cut into batches, whose order is shuffled again: less
-    padding, while each pass still sees each example once.
+    padding. No window reaches over the end of a pass, or two copies of an example, of one length, would meet in a
+    batch; what a pass's last batch takes from the next stays in that batch.
     """
-    size, window = config.batch_size, step // WINDOW
-    first, last = window * WINDOW, min((window + 1) * WINDOW, num_steps)
-    rows = stream(len(lengths), first * size, last * size, config.seed).tolist()
-    rows.sort(key=lambda row: lengths[row])
-    batch = int(permutation(last - first, config.seed, "window", window)[step - first])
-    return rows[batch * size : (batch + 1) * size]
+    size, total = config.batch_size, len(lengths)
+    number = step * size // total  # the pass in which the batch begins
+    begin, end = (-(-at * total // size) for at in (number, number + 1))  # the steps that begin in it
+    first = begin + (step - begin) // WINDOW * WINDOW
+    last = min(first + WINDOW, end, num_steps)
+    rows = stream(total, first * size, last * size, config.seed).tolist()
+    places = sorted(range(len(rows)), key=lambda place: ((first * size + place) // total, lengths[rows[place]]))
+    batch = int(permutation(last - first, config.seed, "window", first)[step - first])
+    return [rows[place] for place in places[batch * size : (batch + 1) * size]]
 
 
 def _step(
