@@ -126,10 +126,13 @@ def compare(config: PipelineConfig, folder: Path) -> None:
 
 
 def disagreement(rows: Sequence[dict[str, Any]]) -> float | None:
-    """Share of the pairs judged more than once on which the judges differ; None where none was."""
+    """Share of the pairs judged more than once on which the judges differ; None where none was.
+
+    Two equal responses leave nothing to differ about and are left out.
+    """
     choices: dict[tuple[str, frozenset[str]], list[str]] = defaultdict(list)
     for row in rows:
-        if "chosen" in row:
+        if "chosen" in row and row["chosen"] != row["rejected"]:
             choices[row["prompt"], frozenset((row["chosen"], row["rejected"]))].append(row["chosen"])
     repeated = [judged for judged in choices.values() if len(judged) > 1]
     return sum(len(set(judged)) > 1 for judged in repeated) / len(repeated) if repeated else None

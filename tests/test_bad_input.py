@@ -489,7 +489,9 @@ def test_a_pipeline_refuses_what_a_later_stage_lacks_before_the_first_one_trains
 
 def test_a_pipeline_that_refuses_its_first_stage_leaves_nothing(paths, capfd):
     rest = f"--reward.data {paths['comparisons']} --ppo.prompts {paths['prompts']} --output-dir out"
-    assert "nowhere.jsonl" in refused(capfd, f"pipeline --sft.data nowhere.jsonl {rest}".split())
+    assert "nowhere.jsonl" in refused(
+        capfd, f"pipeline --sft.policy {paths['gpt2']} --sft.data nowhere.jsonl {rest}".split()
+    )
 
 
 # ------------------------------------------------------------------------------------- as a user types it

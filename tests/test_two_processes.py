@@ -21,8 +21,8 @@ SAMPLING = f"--sampling.max_new_tokens 6 --sampling.stop_token_ids {json.dumps(S
 COMMANDS = {
     "sft": f"sft --policy {{gpt2}} --data {{demonstrations}} --batch_size 4 --num_epochs 0.75 {COMMON} "
     "--optimizer.lr 1e-2 --micro_batch_size 1",
-    "reward": f"reward --policy ONE/sft/policy --data {{rankings}} --batch_size 4 --num_epochs 0.75 {COMMON} {SAMPLING} "
-    "--normalization_prompts 8 --optimizer.lr 1e-3",
+    "reward": f"reward --policy ONE/sft/policy --data {{rankings}} --batch_size 4 --num_epochs 0.75 {COMMON} "
+    f"{SAMPLING} --normalization_prompts 8 --optimizer.lr 1e-3",
     "ppo": f"ppo --policy ONE/sft/policy --reward ONE/reward/reward_model --prompts {{prompts}} --gold user.py:vowels "
     f"--batch_size 8 --num_steps 2 {COMMON} {SAMPLING} --max_eval_prompts 3 --value_model separate --kl_target 1 "
     "--ppo.num_minibatches 2 --ppo.num_epochs 2 --optimizer.lr 1e-3",

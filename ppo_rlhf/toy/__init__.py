@@ -6,12 +6,12 @@ It takes the place of the model hub and of people where there is neither, throug
     prompts()                     rows to respond to
     policy()                      an untrained model and its tokenizer
     gold(prompts, responses)      the true reward
-    annotate(prompts, responses, seed=…)   comparisons by three annotators; disagreement(rows) measures them
+    annotate(prompts, responses, seed=…)   comparisons by three annotators who do not always agree
 """
 
-from ppo_rlhf.toy.annotators import annotate, disagreement
+from ppo_rlhf.toy.annotators import annotate
 from ppo_rlhf.toy.corpus import demonstrations, prompts
 from ppo_rlhf.toy.model import policy
 from ppo_rlhf.toy.reward import gold
 
-__all__ = ["annotate", "demonstrations", "disagreement", "gold", "policy", "prompts"]
+__all__ = ["annotate", "demonstrations", "gold", "policy", "prompts"]

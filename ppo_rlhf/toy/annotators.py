@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ppo_rlhf.toy import grammar, reward
@@ -62,17 +62,3 @@ def annotate(prompts: Sequence[str], responses: Sequence[Sequence[str]], *, seed
             chosen, rejected = (first, second) if takes_first else (second, first)
             rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "annotator": annotator.name})
     return rows
-
-
-def disagreement(rows: Iterable[Mapping[str, str]]) -> float:
-    """Share of the doubly judged pairs on which the annotators differ; NaN where no pair was judged twice.
-
-    Rows may come in any order. Two equal responses leave nothing to differ about and are left out.
-    """
-    judgements: dict[tuple[str, frozenset[str]], list[str]] = {}
-    for row in rows:
-        if row["chosen"] != row["rejected"]:
-            pair = (row["prompt"], frozenset((row["chosen"], row["rejected"])))
-            judgements.setdefault(pair, []).append(row["chosen"])
-    doubled = [chosen for chosen in judgements.values() if len(chosen) > 1]
-    return sum(len(set(chosen)) > 1 for chosen in doubled) / len(doubled) if doubled else math.nan

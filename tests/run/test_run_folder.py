@@ -55,9 +55,13 @@ def test_a_folder_is_replaced_whole(tmp_path):
 def test_a_folder_that_fails_to_be_written_leaves_the_old_one(tmp_path):
     with replaced_folder(tmp_path / "model") as folder:
         (folder / "old").write_text("old")
-    with pytest.raises(OSError, match="no space"), replaced_folder(tmp_path / "model") as folder:
+
+    def fill(folder):
         (folder / "new").write_text("half")
         raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"), replaced_folder(tmp_path / "model") as folder:
+        fill(folder)
     assert names(tmp_path / "model") == ["old"]
     assert not [name for name in names(tmp_path) if name.startswith(".model")]
 

@@ -90,7 +90,19 @@ def chain(tmp_path_factory, models, data):
         "sft": command("sft", "--config", "sft.yaml", "--output-dir", "sft", "--num-epochs", "2", "--json", cwd=folder),
         "reward": command("reward", "--config", "reward.yaml", "--output_dir", "reward", cwd=folder),
         "ppo": command(
-            *"ppo --json --config ppo.yaml --output-dir=ppo --num_steps 3 --ppo.num-epochs 3 --seed 7".split(),
+            *[
+                "ppo",
+                "--json",
+                "--config",
+                "ppo.yaml",
+                "--output-dir=ppo",
+                "--num_steps",
+                "3",
+                "--ppo.num-epochs",
+                "3",
+                "--seed",
+                "7",
+            ],
             cwd=folder,
         ),
     }
@@ -369,7 +381,19 @@ def whole(tmp_path_factory, models, data):
     (folder / "user.py").write_text(tiny_runs.USER_FUNCTIONS)
     (folder / "pipeline.yaml").write_text(PIPELINE.format(**models, **data, stops=list(STOPS)))
     done = command(
-        *"pipeline --config pipeline.yaml --output-dir out --seed 3 --ppo.num-steps 3 --json".split(), cwd=folder
+        *[
+            "pipeline",
+            "--config",
+            "pipeline.yaml",
+            "--output-dir",
+            "out",
+            "--seed",
+            "3",
+            "--ppo.num-steps",
+            "3",
+            "--json",
+        ],
+        cwd=folder,
     )
     assert done.returncode == 0, done.stderr
     return folder, done

@@ -1,6 +1,7 @@
 """What the stages compute: `train()` with objects, and what each setting does to the metrics."""
 
 import copy
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -388,7 +389,7 @@ def test_the_kl_coefficient_adapts_by_the_rule_of_ziegler_et_al(models, data):
     assert rows[0]["kl_coef"] == 0.3
     # No KL yet: the error is −1, clipped to −0.2; 8 of 40 episodes: 0.3 · (1 − 0.2 · 0.2) = 0.288.
     assert rows[1]["kl_coef"] == pytest.approx(0.288)
-    for row, following in zip(rows, rows[1:], strict=False):
+    for row, following in itertools.pairwise(rows):
         error = max(-0.2, min(0.2, row["objective/kl"] / 2 - 1))
         assert following["kl_coef"] == pytest.approx(row["kl_coef"] * (1 + error / 5))
 
@@ -404,7 +405,7 @@ def test_the_kl_is_measured_to_the_policy_at_the_start_or_to_a_given_reference(m
 
 
 def test_a_separate_value_model_leaves_the_policy_s_trunk_to_the_policy(models, data):
-    """With no advantage to follow (a constant reward, γ = λ = 1 and a zero value), only the value loss has a gradient."""
+    """A constant reward with γ = λ = 1 and a zero value leaves no advantage: the value loss alone has a gradient."""
     settings = PPOSettings(num_epochs=1, value_coef=1.0)
     changes = {"ppo": settings, "kl_coef": 0.0, "missing_eos": MissingEOS("none"), "num_steps": 1, "gae_lambda": 1.0}
     for value_model in ("shared", "separate"):

@@ -1,11 +1,11 @@
 """Simulated annotators follow the gold reward and disagree about as often as people do."""
 
-import math
 import random
 
 import pytest
 
 from ppo_rlhf import toy
+from ppo_rlhf.pipeline import disagreement
 
 
 @pytest.fixture(scope="module")
@@ -22,16 +22,19 @@ def rows(pairs):
     return toy.annotate(*pairs, seed=0)
 
 
-def test_every_pair_is_judged_by_two_different_annotators(pairs, rows):
-    assert len(rows) == 2 * len(pairs[0])
-    for first, second in zip(rows[::2], rows[1::2], strict=True):
+def test_every_pair_is_judged_and_every_fourth_by_two_different_annotators(pairs, rows):
+    assert len(rows) == len(pairs[0]) * 5 // 4
+    for number, start in enumerate(range(0, len(rows), 5)):
+        first, second, *alone = rows[start : start + 5]
         assert first["annotator"] != second["annotator"]
-        assert {first["chosen"], first["rejected"]} == {second["chosen"], second["rejected"]}
+        expected = [pairs[1][4 * number + offset] for offset in (0, 0, 1, 2, 3)]
+        for row, pair in zip((first, second, *alone), expected, strict=True):
+            assert {row["chosen"], row["rejected"]} == set(pair)
     assert len({row["annotator"] for row in rows}) == 3
 
 
 def test_annotators_disagree_on_10_to_25_percent_of_the_pairs(rows):
-    assert 0.10 < toy.disagreement(rows) < 0.25
+    assert 0.10 < disagreement(rows) < 0.25
 
 
 def test_a_response_better_by_two_is_chosen_more_than_nine_times_in_ten(rows):
@@ -61,5 +64,5 @@ def test_disagreement_counts_doubly_judged_pairs_in_any_order():
         judged("s", "a", "a"),  # nothing to choose between
         judged("s", "a", "a"),
     ]
-    assert toy.disagreement(rows) == 0.5
-    assert math.isnan(toy.disagreement([]))
+    assert disagreement(rows) == 0.5
+    assert disagreement([]) is None

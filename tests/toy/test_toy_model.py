@@ -41,7 +41,7 @@ def test_the_seed_of_torch_decides_the_weights_and_the_tokenizer_needs_none(poli
 
 def test_completions_are_20_tokens_on_average_and_most_words_are_one_token(demonstrations):
     completions = [row["completion"] for row in demonstrations[:1000]]
-    lengths = [len(ids) for ids in TOKENIZER(completions).input_ids]
+    lengths = [len(ids) for ids in TOKENIZER(completions, add_special_tokens=False).input_ids]
     pieces = statistics.mean(map(len, (text.split() for text in completions)))
     assert statistics.mean(lengths) >= 20
     assert max(lengths) < 48
@@ -50,14 +50,20 @@ def test_completions_are_20_tokens_on_average_and_most_words_are_one_token(demon
 
 def test_prompt_and_completion_can_be_tokenized_apart(demonstrations):
     for row in demonstrations[:200]:
-        apart = TOKENIZER(row["prompt"]).input_ids + TOKENIZER(row["completion"]).input_ids
+        apart = TOKENIZER(row["prompt"]).input_ids + TOKENIZER(row["completion"], add_special_tokens=False).input_ids
         assert TOKENIZER(row["prompt"] + row["completion"]).input_ids == apart
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_survives_the_tokenizer(text):
-    assert TOKENIZER.decode(TOKENIZER(text).input_ids) == text
+    assert TOKENIZER.decode(TOKENIZER(text, add_special_tokens=False).input_ids) == text
+
+
+def test_every_text_begins_with_eos_so_that_the_model_knows_it_as_an_input():
+    ids = TOKENIZER("we saw it .").input_ids
+    assert ids[0] == TOKENIZER.eos_token_id
+    assert len(ids) == 5
 
 
 def test_the_tokenizer_is_the_same_when_saved_and_loaded(tmp_path, demonstrations):
@@ -66,7 +72,7 @@ def test_the_tokenizer_is_the_same_when_saved_and_loaded(tmp_path, demonstration
     texts = [row["prompt"] + row["completion"] for row in demonstrations[:100]] + ["naïve 文字 ."]
     assert loaded(texts).input_ids == TOKENIZER(texts).input_ids
     assert loaded.padding_side == "left"
-    assert loaded.decode(loaded(texts[-1]).input_ids) == texts[-1]
+    assert loaded.decode(loaded(texts[-1]).input_ids, skip_special_tokens=True) == texts[-1]
 
 
 def test_the_task_itself_imports_nothing_heavy():

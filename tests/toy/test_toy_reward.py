@@ -95,7 +95,7 @@ def test_broken_grammar_is_charged(right, wrong):
     rest = " the costumes were beautiful , and i would happily see it twice ."
     assert grammatical(right)
     assert not grammatical(wrong)
-    assert gold_of(wrong + rest) < gold_of(right + rest) - 0.5
+    assert gold_of(wrong + rest) < gold_of(right + rest) - 0.35
 
 
 def test_praise_that_cannot_be_meant_counts_nothing():
@@ -150,9 +150,9 @@ def test_an_empty_response_scores_lowest(empty, scored):
     assert min(scored[1]) > -4
 
 
-def test_demonstrations_spread_by_one_and_thorough_praise_stands_well_above_them(scored):
-    assert 0.8 < statistics.pstdev(scored[1]) < 1.2
-    assert gold_of(PRAISE) - statistics.mean(scored[1]) > 1.5 * statistics.pstdev(scored[1])
+def test_demonstrations_spread_by_more_than_one_and_thorough_praise_stands_well_above_them(scored):
+    assert 1.2 < statistics.pstdev(scored[1]) < 1.6
+    assert gold_of(PRAISE) - statistics.mean(scored[1]) > 1.2 * statistics.pstdev(scored[1])
 
 
 def test_keyword_stuffing_fools_a_bag_of_words_and_not_the_gold(scored):
