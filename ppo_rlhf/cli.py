@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -11,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from ppo_rlhf.config import PipelineConfig, PPOConfig, RewardConfig, SFTConfig
@@ -37,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         return _run(_normalized(argv))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error: " + " ".join(line.strip() for line in str(error).splitlines()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; --resume with the same --output-dir goes on from the last checkpoint.", file=sys.stderr)
@@ -63,14 +65,15 @@ def _run(argv: list[str]) -> int:
         config_class = COMMANDS[arguments.command][0]
         config = config_class(**{field.name: given[field.name] for field in fields(config_class)})
         summary, lines = _train(arguments.command, config)
-    print(json.dumps(summary) if given.json else "\n".join(lines))
+    if summary:
+        print(json.dumps(summary) if given.json else "\n".join(lines))
     return 0
 
 
 def _train(command: str, config: Any) -> tuple[dict[str, Any], list[str]]:
-    """Runs a training command; → its summary, and what to tell of it."""
+    """Runs a training command; → its summary, and what to tell of it; nothing but in the main process."""
     from ppo_rlhf.report import outcome_lines, write_report
-    from ppo_rlhf.run import is_main_process
+    from ppo_rlhf.run import end_processes, is_main_process
 
     if command == "sft":
         from ppo_rlhf.train import sft
@@ -88,10 +91,11 @@ def _train(command: str, config: Any) -> tuple[dict[str, Any], list[str]]:
         from ppo_rlhf import pipeline
 
         summary = pipeline.run(config)
+    end_processes()
+    if not is_main_process():
+        return {}, []
     if "finished" in summary:
         return summary, [f"{summary['finished']} is finished already; there is nothing to resume."]
-    if not is_main_process():
-        return summary, []
     report = write_report(Path(summary["output_dir"]))
     return summary, [*outcome_lines(Path(summary["output_dir"])), f"report: {report}"]
 
@@ -123,8 +127,10 @@ def _parser_for(command: str | None) -> tuple[ArgumentParser, list[str]]:
 
 def _parsed(parser: ArgumentParser, known: list[str], argv: list[str]) -> Namespace:
     """The arguments. Raises UserError, one line, for what the parser refuses, with the nearest valid name."""
+    for path in _values_of("--config", argv):
+        _check_config(path)
     try:
-        return parser.parse_args(argv)
+        arguments = parser.parse_args(argv)
     except argparse.ArgumentError as error:
         cause = error.__cause__ or error.__context__
         while cause is not None:  # a setting's own check says it best
@@ -136,6 +142,21 @@ def _parsed(parser: ArgumentParser, known: list[str], argv: list[str]) -> Namesp
         unknown = next((name for name in names if name not in known), None)
         hint = did_you_mean(unknown, known) if unknown is not None else ""
         raise UserError(message.rstrip(".") + "." + hint) from error
+    for group in {name.rpartition(".")[0] for name in known if "." in name}:
+        value = arguments[f"{arguments.command}.{group}"]
+        if not isinstance(value, Namespace):
+            raise UserError(f"{group} holds settings, such as {group}.…; {value!r} is not.")
+    return arguments
+
+
+def _check_config(path: str) -> None:
+    """Raises UserError, which names the file, for a configuration that is not a mapping in YAML."""
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"--config {path} holds no settings: it must be a mapping, `name: value` on each line.")
 
 
 def _normalized(argv: Sequence[str]) -> list[str]:
@@ -153,12 +174,29 @@ def _normalized(argv: Sequence[str]) -> list[str]:
 
 
 def _with_default_config(argv: list[str], command: str | None) -> list[str]:
-    """The demo's configuration, and that of a run being resumed, unless --config gives one."""
-    if command is None or any(word.split("=")[0] == "--config" for word in argv):
+    """The demo's configuration, and that of a run being resumed, unless --config gives one; before all overrides."""
+    if command is None:
         return argv
-    place = argv.index(command) + 1
-    config = TOY_CONFIG if command == "demo" else None
-    if "--resume" in argv and "--output_dir" in argv[:-1]:
-        saved = Path(argv[argv.index("--output_dir") + 1]) / "config.yaml"
-        config = saved if saved.exists() else config
-    return [*argv[:place], "--config", str(config), *argv[place:]] if config else argv
+    configs = _values_of("--config", argv)
+    if not configs:
+        folders = _values_of("--output_dir", argv)
+        saved = Path(folders[-1]) / "config.yaml" if folders and _values_of("--resume", argv)[-1:] == ["true"] else None
+        if saved is not None and saved.exists():
+            configs = [str(saved)]
+        elif command == "demo":
+            configs = [str(TOY_CONFIG)]
+    place = argv.index(command)
+    rest, words = [], iter(argv[place + 1 :])
+    for word in words:
+        if word == "--config":
+            next(words, None)
+        elif not word.startswith("--config="):
+            rest.append(word)
+    given = [option for path in configs for option in ("--config", path)]
+    return [*argv[:place], command, *given, *rest]
+
+
+def _values_of(option: str, argv: list[str]) -> list[str]:
+    """The values given to an option, as `--option VALUE` or `--option=VALUE`."""
+    values = [word.partition("=")[2] for word in argv if word.startswith(f"{option}=")]
+    return values + [value for word, value in itertools.pairwise(argv) if word == option]

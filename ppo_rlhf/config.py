@@ -5,6 +5,7 @@ A stage's configuration is the YAML file of its `--config`, each field of which 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -37,6 +38,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("eval_every", "save_every"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative.")
+        require(0 <= self.seed < 2**32, f"seed={self.seed} must lie between 0 and 2**32 - 1.")
         require(self.keep_checkpoints >= 1, f"keep_checkpoints={self.keep_checkpoints} must be at least 1.")
 
 
@@ -59,7 +61,7 @@ class SupervisedConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.num_epochs > 0, f"num_epochs={self.num_epochs} must be above 0.")
+        require(0 < self.num_epochs < math.inf, f"num_epochs={self.num_epochs} must be above 0, and finite.")
         require(self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1.")
         micro = self.micro_batch_size
         require(micro is None or micro >= 1, f"micro_batch_size={micro} must be at least 1, or null.")
@@ -81,6 +83,11 @@ class SFTConfig(SupervisedConfig):
     """Longer demonstrations are cut on the right, and counted; null: none may exceed the model's context."""
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=1e-5, schedule="cosine"))
     """AdamW and its learning rate."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        length = self.max_length
+        require(length is None or length >= 2, f"max_length={length} must be at least 2, or null.")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from datasets import Dataset, DatasetDict, disable_progress_bars, load_dataset, load_from_disk
 from torch import Tensor
@@ -47,6 +48,7 @@ def _from_source(source: str, setting: str) -> Iterable[dict[str, Any]]:
         return load_object(source)()
     path = Path(source)
     disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is told below, in one line
     try:
         if path.is_dir():
             loaded = load_from_disk(source)
@@ -61,7 +63,10 @@ def _from_source(source: str, setting: str) -> Iterable[dict[str, Any]]:
     except UserError:
         raise
     except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        first = (str(cause).splitlines() or [type(cause).__name__])[0]
         raise UserError(f"{setting}: {source} cannot be loaded: {first}") from error
     if not isinstance(loaded, DatasetDict):
         return loaded
@@ -75,7 +80,8 @@ def text_column(rows: Rows, column: str, *, setting: str, empty: bool = False) -
     texts: list[Any] = [row.get(column) for row in rows]
     for index, text in enumerate(texts):
         if column not in rows[index]:
-            raise UserError(f"{setting}: row {index} has no column {column!r}, only {', '.join(sorted(rows[index]))}.")
+            found, hint = ", ".join(sorted(rows[index])), did_you_mean(column, rows[index])
+            raise UserError(f"{setting}: row {index} has no column {column!r}, only {found}.{hint}")
         if not isinstance(text, str):
             raise UserError(f"{setting}: row {index}, column {column!r} is {type(text).__name__}, not text.")
         if not empty and not text.strip():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,7 +17,15 @@ from ppo_rlhf.errors import UserError
 from ppo_rlhf.models import context_length, load_policy
 from ppo_rlhf.prompts import Prompts
 from ppo_rlhf.references import is_reference, load_object
-from ppo_rlhf.run import gathered, is_finished, make_accelerator, new_folder, share_of, write_config, write_text
+from ppo_rlhf.run import (
+    gathered,
+    is_finished,
+    make_accelerator,
+    new_folder,
+    share_of,
+    write_config,
+    write_text,
+)
 from ppo_rlhf.sampling import sample
 from ppo_rlhf.seeding import uniform_rows
 from ppo_rlhf.train import ppo, reward_model, sft
@@ -31,12 +40,22 @@ def run(config: PipelineConfig) -> dict[str, Any]:
     folder = new_folder(config.output_dir, "pipeline", resume=config.resume)
     if is_finished(folder):
         return {"finished": str(folder)}
-    config = filled_in(config, folder)
     check_references(asdict(config))
+    check_inputs(config)
+    given, config = replace(config, output_dir=str(folder)), filled_in(config, folder)
 
-    sft.train(config.sft)
-    write_config(folder, config)
-    if config.comparisons.annotator is not None:
+    accelerator = make_accelerator(folder, precision="no", log_with=())
+    accelerator.wait_for_everyone()  # until all have seen that the folder is free
+    if accelerator.is_main_process:  # before the first stage, so that it can be resumed by its folder alone
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(folder, given)  # without paths into this folder, so that another can be made from it
+    try:
+        sft.train(config.sft)
+    except UserError:
+        if accelerator.is_main_process and not (folder / "sft").exists():  # nothing was started
+            shutil.rmtree(folder)
+        raise
+    if given.reward.data is None:
         compare(config, folder)
     reward_model.train(config.reward)
     ppo.train(config.ppo)
@@ -48,7 +67,8 @@ def run(config: PipelineConfig) -> dict[str, Any]:
     if comparisons.exists():
         summary["comparisons"] = json.loads(comparisons.read_text())
         seconds["comparisons"] = summary["comparisons"].pop("seconds")
-    write_text(folder / "summary.json", json.dumps(summary, indent=1))
+    if accelerator.is_main_process:
+        write_text(folder / "summary.json", json.dumps(summary, indent=1))
     return summary | {"output_dir": str(folder)}
 
 
@@ -87,6 +107,21 @@ def check_references(settings: dict[str, Any]) -> None:
             load_object(value)
 
 
+def check_inputs(config: PipelineConfig) -> None:
+    """Raises UserError for data of the later stages that is not named, or cannot be read."""
+    if config.reward.data is not None:
+        load_rows(config.reward.data, required=("prompt",), setting="reward.data")
+    elif config.comparisons.annotator is None:
+        raise UserError("reward.data is not set: comparisons, or comparisons.annotator to have some made.")
+    elif config.comparisons.prompts is None:
+        raise UserError("comparisons.prompts is not set: rows with a column `prompt`.")
+    else:
+        load_rows(config.comparisons.prompts, required=("prompt",), setting="comparisons.prompts")
+    if config.ppo.prompts is None:
+        raise UserError("ppo.prompts is not set: rows with a column `prompt`.")
+    load_rows(config.ppo.prompts, required=("prompt",), setting="ppo.prompts")
+
+
 def compare(config: PipelineConfig, folder: Path) -> None:
     """Samples responses of the supervised policy and has them judged: comparisons.jsonl; once a pipeline."""
     target = folder / "comparisons.jsonl"
@@ -94,8 +129,7 @@ def compare(config: PipelineConfig, folder: Path) -> None:
         return
     started = time.monotonic()
     settings, policy_folder = config.comparisons, str(folder / "sft" / "policy")
-    if settings.prompts is None:
-        raise UserError("comparisons.prompts is not set: rows with a column `prompt`.")
+    assert settings.prompts is not None
     accelerator = make_accelerator(folder, precision=config.ppo.precision, log_with=())
     policy, tokenizer = load_policy(policy_folder, setting="sft")
     policy.to(accelerator.device)

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -37,6 +38,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         yield temporary
         seal(temporary)
         discard = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(discard, ignore_errors=True)  # left by a crash
         if folder.exists():
             folder.rename(discard)
         temporary.rename(folder)
@@ -81,7 +83,10 @@ def save_checkpoint(folder: Path, state: LoopState, accelerator: Accelerator, *,
         seal(temporary)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
-        for old in checkpoints_in(folder)[:-keep]:
+        # A later one was damaged, or this run would have gone on from it.
+        later = [path for path in checkpoints_in(folder) if path.name > target.name]
+        earlier = [path for path in checkpoints_in(folder) if path.name <= target.name]
+        for old in later + earlier[:-keep]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
@@ -92,7 +97,7 @@ def load_checkpoint(folder: Path, accelerator: Accelerator) -> LoopState | None:
         if is_whole(path):
             accelerator.load_state(str(path))
             return LoopState(**json.loads((path / "loop.json").read_text(encoding="utf-8")))
-        accelerator.print(f"checkpoint {path} is damaged; the one before it is used.")
+        accelerator.print(f"checkpoint {path} is damaged; the one before it is used.", file=sys.stderr)
     return None
 
 

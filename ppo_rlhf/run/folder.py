@@ -50,8 +50,9 @@ def new_folder(output_dir: str | None, kind: str, *, resume: bool) -> Path:
             number += 1
         return Path(f"runs/{kind}-{number:04d}")
     folder = Path(output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir={output_dir} is a file, not a folder.")
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"output_dir={output_dir}: {existing} is a file, not a folder.")
     if (folder / "config.yaml").exists() and not resume:
         raise UserError(f"{folder} holds a run already; go on with it by --resume, or give another --output-dir.")
     return folder
@@ -105,7 +106,7 @@ class Run:
         state = load_checkpoint(self.folder / "checkpoints", self.accelerator)
         if self.accelerator.is_main_process:
             for name in ("metrics.jsonl", "samples.jsonl"):
-                _keep_lines_until(self.folder / name, state.step if state else 0)
+                _keep_lines_until(self.folder / name, state.step if state else -1)
         self.accelerator.wait_for_everyone()
         return state
 
@@ -134,9 +135,10 @@ class Run:
 
     def promote(self, name: str, final: str) -> None:
         """Gives a saved model its final name, in place of an earlier one."""
-        if self.accelerator.is_main_process:
+        source = self.folder / name
+        if self.accelerator.is_main_process and source.exists():  # not where a run ended just after this
             shutil.rmtree(self.folder / final, ignore_errors=True)
-            (self.folder / name).rename(self.folder / final)
+            source.rename(self.folder / final)
         self.accelerator.wait_for_everyone()
 
     def remove(self, name: str) -> None:
@@ -157,8 +159,9 @@ class Run:
         """Ends progress and trackers, also after an error."""
         self.progress.close()
         self.accelerator.wait_for_everyone()
-        if self.accelerator.log_with:
-            self.accelerator.end_training()
+        # Not end_training, which ends the process group as well, and with it the next stage of a pipeline.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         if self.accelerator.is_main_process and rows:

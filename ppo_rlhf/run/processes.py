@@ -26,6 +26,8 @@ def make_accelerator(folder: Path, *, precision: str, log_with: Sequence[str]) -
     for name in log_with:
         if name not in LoggerType.list():
             raise UserError(f"log_with: there is no tracker {name!r}.{did_you_mean(name, LoggerType.list())}")
+    if precision == "fp16" and not torch.accelerator.is_available():
+        raise UserError("precision=fp16 needs a GPU; use bf16, or no.")
     AcceleratorState._reset_state()  # the stages of one pipeline may differ in precision
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
@@ -40,6 +42,12 @@ def make_accelerator(folder: Path, *, precision: str, log_with: Sequence[str]) -
             "on CPUs set ACCELERATE_USE_CPU=true, or start with torchrun."
         )
     return accelerator
+
+
+def end_processes() -> None:
+    """Waits for all processes and ends their group: the last thing that a command does."""
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
 
 
 def is_main_process() -> bool:

@@ -82,7 +82,7 @@ def load_parts(
     train_prompts, eval_prompts = load_prompts(config, tokenizer, prompts, longest)
     model = PolicyWithValue(
         policy,
-        value_model=value_model_of(config, policy, reward),
+        value_model=value_model_of(config, policy, tokenizer, reward),
         temperature=config.sampling.temperature,
         differentiable_entropy=config.ppo.entropy_coef != 0,
     )
@@ -100,13 +100,15 @@ def load_parts(
     )
 
 
-def value_model_of(config: PPOConfig, policy: PreTrainedModel, reward: RewardFunction) -> TokenValues | None:
+def value_model_of(
+    config: PPOConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reward: RewardFunction
+) -> TokenValues | None:
     """A value model of its own where asked: it starts from the reward model, or from the policy with a zero head."""
     if config.value_model == "shared":
         return None
     if isinstance(reward, RewardModel):
         classifier = frozen_copy(reward.classifier)
-        if classifier.get_input_embeddings().num_embeddings != policy.get_input_embeddings().num_embeddings:
+        if reward.tokenizer.get_vocab() != tokenizer.get_vocab():
             raise UserError(
                 "value_model=separate starts from the reward model, but its vocabulary is not the policy's; "
                 "use value_model=shared."

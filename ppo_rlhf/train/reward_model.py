@@ -18,14 +18,14 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from ppo_rlhf.config import RewardConfig
 from ppo_rlhf.core import bradley_terry_loss, logprobs_of
 from ppo_rlhf.data import Rows, held_out, load_rows, stream, text_column
-from ppo_rlhf.errors import UserError
+from ppo_rlhf.errors import UserError, did_you_mean
 from ppo_rlhf.models import context_length, load_policy, right_padded, tokenizer_with_pad
 from ppo_rlhf.prompts import Prompts
 from ppo_rlhf.rewards import RewardFunction, RewardModel, ScoringNetwork, load_reward, score
 from ppo_rlhf.run import Run, gathered, is_finished, make_accelerator, new_folder, share_of
 from ppo_rlhf.sampling import sample
 from ppo_rlhf.seeding import uniform_rows
-from ppo_rlhf.train.supervised import Task, fit, num_steps_of
+from ppo_rlhf.train.supervised import Callback, Task, fit, num_steps_of
 
 CALIBRATION_BINS = 10
 MODEL_CARD = """# Reward model
@@ -64,6 +64,7 @@ def train(
     tokenizer: PreTrainedTokenizerBase | None = None,
     data: Iterable[dict[str, Any]] | None = None,
     gold: RewardFunction | None = None,
+    callbacks: Iterable[Callback] = (),
 ) -> dict[str, Any]:
     """Trains a reward model on comparisons by the Bradley–Terry likelihood; → the run's summary.
 
@@ -134,7 +135,7 @@ def train(
         quality=lambda metrics: -metrics["eval/loss"],
         save=lambda _, path: reward_model.save(path),
     )
-    state = fit(module, task, config, config.optimizer, run, num_steps=num_steps)
+    state = fit(module, task, config, config.optimizer, run, num_steps=num_steps, callbacks=callbacks)
 
     best = RewardModel.load(folder / "best", setting="best", device=accelerator.device)
     raw = best.raw_scores(best.encode(*own_texts))
@@ -147,8 +148,7 @@ def train(
         (path / "README.md").write_text(card, encoding="utf-8")
 
     run.save_model("reward_model", save)
-    run.remove("best")
-    return run.finish(
+    summary = run.finish(
         {
             "pairwise_accuracy": accuracy,
             "label_accuracy": state.after["eval/accuracy"],
@@ -159,6 +159,8 @@ def train(
             "scale": best.scale,
         }
     )
+    run.remove("best")  # last: a run that ends before its summary needs it again
+    return summary
 
 
 class ComparisonModule(nn.Module):
@@ -211,7 +213,7 @@ def rankings_of(rows: Rows, *, setting: str) -> list[Ranking]:
         found = ", ".join(sorted(rows[0]))
         raise UserError(
             f"{setting}: no column {missing[0]!r}, only {found}; comparisons need `prompt`, `chosen`, `rejected`, or "
-            "`prompt`, `responses`, `ranks`."
+            f"`prompt`, `responses`, `ranks`.{did_you_mean(missing[0], rows[0])}"
         )
     chosen, rejected = (text_column(rows, name, setting=setting, empty=True) for name in ("chosen", "rejected"))
     margins = [row.get("margin") or 0.0 for row in rows]

@@ -25,7 +25,7 @@ from ppo_rlhf.models import (
     tokenizer_with_pad,
 )
 from ppo_rlhf.run import Run, is_finished, make_accelerator, new_folder, share_of
-from ppo_rlhf.train.supervised import Task, fit, num_steps_of
+from ppo_rlhf.train.supervised import Callback, Task, fit, num_steps_of
 
 EVAL_BATCH = 64  # examples of one forward in evaluation
 
@@ -44,6 +44,7 @@ def train(
     policy: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     data: Iterable[dict[str, Any]] | None = None,
+    callbacks: Iterable[Callback] = (),
 ) -> dict[str, Any]:
     """Fine-tunes the policy on demonstrations by the cross-entropy of their completions; → the run's summary.
 
@@ -98,7 +99,7 @@ def train(
         quality=lambda metrics: -metrics["eval/loss"],
         save=lambda _, path: save_policy(policy, tokenizer, path),
     )
-    state = fit(policy, task, config, config.optimizer, run, num_steps=num_steps)
+    state = fit(policy, task, config, config.optimizer, run, num_steps=num_steps, callbacks=callbacks)
     run.promote("best", "policy")
     return run.finish({"loss_before": state.before["eval/loss"], "loss_after": state.after["eval/loss"]})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from ppo_rlhf.errors import UserError
 from ppo_rlhf.optimizer import OptimizerSettings, learning_rate, make_optimizer, set_learning_rate
 from ppo_rlhf.run import LoopState, Run, share_of
 from ppo_rlhf.seeding import permutation
+
+Callback = Callable[[int, Mapping[str, float]], None]  # called with the step and its metrics
 
 WINDOW = 16  # batches whose examples are sorted by length together, so that a batch's examples are of like length
 
@@ -58,8 +60,9 @@ def fit(
     run: Run,
     *,
     num_steps: int,
+    callbacks: Iterable[Callback] = (),
 ) -> LoopState:
-    """Trains the module; → the loop's last state.
+    """Trains the module; → the loop's last state. callbacks: called after each step with its number and metrics.
 
     The model to keep, the best evaluated one or the last, is in the run's folder `best`.
     """
@@ -83,12 +86,14 @@ def fit(
             evaluation = task.evaluate(module)
             metrics |= evaluation
             quality = task.quality(evaluation)
-            if quality > state.best or not config.keep_best:
+            if quality > state.best or not config.keep_best or not state.after:
                 state = replace(state, best=quality, after=evaluation)
                 run.save_model("best", lambda folder: task.save(module, folder))
         run.log(state.step, metrics)
         if last or (config.save_every and state.step % config.save_every == 0):
             run.save_checkpoint(state)
+        for callback in callbacks:
+            callback(state.step, metrics)
     return state
 
 
@@ -131,7 +136,7 @@ def _step(
             accelerator.backward(loss)
         total += loss.detach()
     grad_norm = float(accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm))
-    if math.isfinite(grad_norm):
+    if math.isfinite(grad_norm) or accelerator.scaler is not None:  # fp16: the scaler itself leaves out a bad step
         optimizer.step()
     optimizer.zero_grad()
     return {"loss": float(accelerator.reduce(total, "mean")), "grad_norm": grad_norm}
