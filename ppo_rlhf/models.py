@@ -46,6 +46,7 @@ def load_policy(
     else:
         model = _load(AutoModelForCausalLM, source, setting, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(source, setting=setting, trust_remote_code=trust_remote_code)
+    use_quick_attention(model)
     return model, tokenizer_with_pad(model, tokenizer, setting=setting)
 
 
@@ -65,6 +66,7 @@ def load_classifier(source: str, *, setting: str) -> PreTrainedModel:
     model = _load(AutoModelForSequenceClassification, source, setting, num_labels=1)
     if model.config.num_labels != 1:
         raise UserError(f"{setting}: {source} has {model.config.num_labels} outputs; a reward model has one.")
+    use_quick_attention(model)
     return model
 
 
@@ -123,6 +125,16 @@ def save_policy(
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def use_quick_attention(model: PreTrainedModel) -> None:
+    """Plain matrix products for attention on a CPU, transformers' own choice elsewhere.
+
+    At the lengths that a CPU can train, PyTorch's fused attention is the slower one there: a bf16 step of a 4 × 256
+    GPT-2 on two cores took 0.25 s with it and 0.18 s without.
+    """
+    if not torch.accelerator.is_available():
+        model.set_attn_implementation("eager")
 
 
 def frozen_copy(model: nn.Module) -> Any:

@@ -20,9 +20,9 @@ class Annotator:
 
 
 ANNOTATORS = (
-    Annotator("ada", temperature=0.35),
-    Annotator("ben", temperature=0.5, long_word_charge=0.02),
-    Annotator("cleo", temperature=0.65, contrast_bonus=0.1, exclamation_bonus=0.15),
+    Annotator("ada", temperature=0.3),
+    Annotator("ben", temperature=0.42, long_word_charge=0.02),
+    Annotator("cleo", temperature=0.55, contrast_bonus=0.1, exclamation_bonus=0.15),
 )
 
 
