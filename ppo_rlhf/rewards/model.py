@@ -117,6 +117,11 @@ class RewardModel:
             encoded.append([*prompt[max(0, len(prompt) - room) :], *response, int(self.tokenizer.eos_token_id)])
         return encoded
 
+    def fits(self, responses: Sequence[str]) -> bool:
+        """Whether each response fits in the context with its eos; prompts are cut to what room is left."""
+        lengths = [len(ids) for ids in self.tokenizer(list(responses), add_special_tokens=False)["input_ids"]]
+        return max(lengths) < context_length(self.classifier)
+
     @torch.no_grad()
     def raw_scores(self, encoded: Sequence[Sequence[int]]) -> Tensor:
         """Scores before normalisation, (N,) float32; no dropout acts. Texts of like length are scored together."""

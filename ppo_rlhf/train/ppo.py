@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -29,12 +29,11 @@ from ppo_rlhf.rollout import Rollout, evaluate
 from ppo_rlhf.run import LoopState, Run, is_finished, make_accelerator, new_folder, share_of
 from ppo_rlhf.sampling import sample, warn_of_truncation
 from ppo_rlhf.seeding import keyed_generator, uniform_rows
+from ppo_rlhf.train import Callback
 from ppo_rlhf.train.ppo_evaluation import evaluate_held_out, summary_of
 from ppo_rlhf.train.ppo_parts import Parts, load_parts
 from ppo_rlhf.train.ppo_records import Clock, rollout_metrics, sample_rows
 from ppo_rlhf.update import ppo_update
-
-Callback = Callable[[int, Mapping[str, float]], None]  # called with the step and its metrics
 
 
 def train(

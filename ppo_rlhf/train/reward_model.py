@@ -25,7 +25,8 @@ from ppo_rlhf.rewards import RewardFunction, RewardModel, ScoringNetwork, load_r
 from ppo_rlhf.run import Run, gathered, is_finished, make_accelerator, new_folder, share_of
 from ppo_rlhf.sampling import sample
 from ppo_rlhf.seeding import uniform_rows
-from ppo_rlhf.train.supervised import Callback, Task, fit, num_steps_of
+from ppo_rlhf.train import Callback
+from ppo_rlhf.train.supervised import Task, fit, num_steps_of
 
 CALIBRATION_BINS = 10
 MODEL_CARD = """# Reward model
@@ -94,20 +95,24 @@ def train(
     rankings, eval_rankings = rankings_of(rows, setting="data"), rankings_of(eval_rows, setting="eval_data")
     if gold is None and config.gold is not None:
         gold = load_reward(config.gold, setting="gold")
-    num_steps = num_steps_of(config, len(rankings), accelerator)
 
     policy.to(accelerator.device)
     prompt_rows = rows if config.prompts is None else load_rows(config.prompts, required=("prompt",), setting="prompts")
     own_texts = policy_samples(policy, tokenizer, prompt_rows, config)
     reward_model = RewardModel(classifier_from(policy), tokenizer)
-    encoded = [reward_model.encode([r.prompt] * len(r.responses), r.responses) for r in rankings]
-    eval_encoded = [reward_model.encode([r.prompt] * len(r.responses), r.responses) for r in eval_rankings]
+    given = len(rankings) + len(eval_rankings)
+    rankings, encoded = fitting(reward_model, rankings, setting="data")
+    eval_rankings, eval_encoded = fitting(reward_model, eval_rankings, setting="eval_data")
+    num_steps = num_steps_of(config, len(rankings), accelerator)
     gold_orders = [gold_pairs(ranking, gold) for ranking in eval_rankings] if gold is not None else None
     module = ComparisonModule(reward_model.network, policy if config.language_model_coef else None)
     module.to(accelerator.device)
     del policy
 
     run = Run(folder, config, kind="reward", accelerator=accelerator, num_steps=num_steps, started=started)
+    num_left_out = given - len(rankings) - len(eval_rankings)
+    if num_left_out:
+        run.progress.tell(f"{num_left_out} of {given} comparisons have a response longer than the context: left out.")
 
     def loss(wrapped: nn.Module, batch: Sequence[int], count: Tensor) -> Tensor:
         scores, text_nll = wrapped(*right_padded([line for row in batch for line in encoded[row]], accelerator.device))
@@ -259,6 +264,19 @@ def pair_tensors(rankings: Sequence[Ranking], device: torch.device) -> tuple[Ten
         torch.tensor(weights, device=device),
         torch.tensor(margins, device=device),
     )
+
+
+def fitting(
+    reward_model: RewardModel, rankings: Sequence[Ranking], *, setting: str
+) -> tuple[list[Ranking], list[list[list[int]]]]:
+    """The rankings whose responses fit in the model's context, and their token ids, a list for each response.
+
+    Raises UserError where none fits.
+    """
+    kept = [ranking for ranking in rankings if reward_model.fits(ranking.responses)]
+    if not kept:
+        raise UserError(f"{setting}: each comparison has a response longer than the reward model's context.")
+    return kept, [reward_model.encode([ranking.prompt] * len(ranking.responses), ranking.responses) for ranking in kept]
 
 
 def gold_pairs(ranking: Ranking, gold: RewardFunction) -> list[tuple[int, int]]:

@@ -25,7 +25,8 @@ from ppo_rlhf.models import (
     tokenizer_with_pad,
 )
 from ppo_rlhf.run import Run, is_finished, make_accelerator, new_folder, share_of
-from ppo_rlhf.train.supervised import Callback, Task, fit, num_steps_of
+from ppo_rlhf.train import Callback
+from ppo_rlhf.train.supervised import Task, fit, num_steps_of
 
 EVAL_BATCH = 64  # examples of one forward in evaluation
 

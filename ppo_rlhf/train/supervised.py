@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,8 +18,7 @@ from ppo_rlhf.errors import UserError
 from ppo_rlhf.optimizer import OptimizerSettings, learning_rate, make_optimizer, set_learning_rate
 from ppo_rlhf.run import LoopState, Run, share_of
 from ppo_rlhf.seeding import permutation
-
-Callback = Callable[[int, Mapping[str, float]], None]  # called with the step and its metrics
+from ppo_rlhf.train import Callback
 
 WINDOW = 16  # batches whose examples are sorted by length together, so that a batch's examples are of like length
 

@@ -1,0 +1,59 @@
+"""Runs a pipeline over several seeds and prints its outcomes as a Markdown table, with the largest peak memory.
+
+    python examples/benchmarks/seeds.py demo --seeds 0 1 2 3 4 --output-dir runs/demo-seeds
+    python examples/benchmarks/seeds.py pipeline --config examples/configs/rt_polarity/pipeline.yaml --seeds 0 1 2 \
+        --output-dir runs/rt-seeds
+
+A seed whose folder holds a finished run is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+COLUMNS = {
+    "pairwise accuracy": lambda s: f"{s['reward']['pairwise_accuracy']:.3f}",
+    "calibration error": lambda s: f"{s['reward']['calibration_error']:.3f}",
+    "score": lambda s: f"{s['ppo']['score_before']:.2f} → {s['ppo']['score_after']:.2f}",
+    "gold": lambda s: f"{s['ppo']['gold_score_before']:.2f} → {s['ppo']['gold_score_after']:.2f}",
+    "gold std before": lambda s: f"{s['ppo']['gold_score_std_before']:.2f}",
+    "KL, nats": lambda s: f"{s['ppo']['kl']:.1f}",
+    "stop rate": lambda s: f"{s['ppo']['stop_rate']:.3f}",
+    "length": lambda s: f"{s['ppo']['length_before']:.1f} → {s['ppo']['length_after']:.1f}",
+    "distinct-2": lambda s: f"{s['ppo']['distinct_2_before']:.3f} → {s['ppo']['distinct_2_after']:.3f}",
+    "annotators differ": lambda s: f"{s['comparisons']['disagreement']:.3f}" if "comparisons" in s else "–",
+    "seconds": lambda s: " + ".join(f"{s['seconds'][name]:.0f}" for name in ("sft", "reward", "ppo")),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("demo", "pipeline"))
+    parser.add_argument("--config", help="the pipeline's YAML file")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--output-dir", required=True)
+    arguments = parser.parse_args()
+
+    config = ["--config", arguments.config] if arguments.config else []
+    summaries = {}
+    for seed in arguments.seeds:
+        folder = Path(arguments.output_dir) / f"seed-{seed}"
+        options = ["--seed", str(seed), "--output-dir", str(folder), "--resume"]
+        subprocess.run([sys.executable, "-m", "ppo_rlhf", arguments.command, *config, *options], check=True)
+        summaries[seed] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+    print("| seed | " + " | ".join(COLUMNS) + " |")
+    print("|---" * (len(COLUMNS) + 1) + "|")
+    for seed, summary in summaries.items():
+        print(f"| {seed} | " + " | ".join(column(summary) for column in COLUMNS.values()) + " |")
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    print(f"\npeak memory of a run: {peak:.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()
