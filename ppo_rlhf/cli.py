@@ -96,8 +96,10 @@ def _train(command: str, config: Any) -> tuple[dict[str, Any], list[str]]:
         return {}, []
     if "finished" in summary:
         return summary, [f"{summary['finished']} is finished already; there is nothing to resume."]
-    report = write_report(Path(summary["output_dir"]))
-    return summary, [*outcome_lines(Path(summary["output_dir"])), f"report: {report}"]
+    folder = Path(summary["output_dir"])
+    for metrics in folder.glob("*/metrics.jsonl"):  # a pipeline's stages
+        write_report(metrics.parent)
+    return summary, [*outcome_lines(folder), f"report: {write_report(folder)}"]
 
 
 def _parser_for(command: str | None) -> tuple[ArgumentParser, list[str]]:

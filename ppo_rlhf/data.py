@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict, disable_progress_bars, load_dataset, 
 from torch import Tensor
 
 from ppo_rlhf.errors import UserError, did_you_mean
-from ppo_rlhf.references import is_reference, load_object
+from ppo_rlhf.references import call, is_reference
 from ppo_rlhf.seeding import permutation
 
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -45,7 +45,7 @@ def load_rows(source: str | Iterable[dict[str, Any]], *, required: Sequence[str]
 
 def _from_source(source: str, setting: str) -> Iterable[dict[str, Any]]:
     if is_reference(source):
-        return load_object(source)()
+        return call(source)
     path = Path(source)
     disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is told below, in one line

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ppo_rlhf.errors import UserError
-from ppo_rlhf.references import is_reference, load_object
+from ppo_rlhf.references import call, is_reference
 
 PAD_TOKEN = "<|pad|>"
 
@@ -42,7 +42,7 @@ def load_policy(
     """
     transformers_logging.disable_progress_bar()
     if is_reference(source):
-        model, tokenizer = load_object(source)()
+        model, tokenizer = call(source)
     else:
         model = _load(AutoModelForCausalLM, source, setting, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(source, setting=setting, trust_remote_code=trust_remote_code)

@@ -16,7 +16,7 @@ from ppo_rlhf.data import load_rows, stream
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.models import context_length, load_policy
 from ppo_rlhf.prompts import Prompts
-from ppo_rlhf.references import is_reference, load_object
+from ppo_rlhf.references import call, is_reference, load_object
 from ppo_rlhf.run import (
     gathered,
     is_finished,
@@ -147,7 +147,7 @@ def compare(config: PipelineConfig, folder: Path) -> None:
         ):
             texts.append(text)
     pairs = gathered(list(zip(batch.texts, responses, strict=True)))
-    judged = load_object(str(settings.annotator))([p for p, _ in pairs], [r for _, r in pairs], seed=config.seed)
+    judged = call(str(settings.annotator), [p for p, _ in pairs], [r for _, r in pairs], seed=config.seed)
     if accelerator.is_main_process:
         statistics = {
             "count": len(judged),

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,21 @@ def load_object(reference: str) -> Any:
     if not hasattr(module, name):
         raise UserError(f"{reference}: {location} has no {name}.{did_you_mean(name, vars(module))}")
     return getattr(module, name)
+
+
+def call(reference: str, *arguments: Any, **named: Any) -> Any:
+    """What the function that `reference` names returns; an iterator's items as a list.
+
+    Raises UserError, which names the function, when it raises.
+    """
+    function = load_object(reference)
+    try:
+        result = function(*arguments, **named)
+        return list(result) if isinstance(result, Iterator) else result
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{reference} raised {type(error).__name__}: {error}") from error
 
 
 def _from_file(path: Path, reference: str) -> Any:

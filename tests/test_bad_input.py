@@ -55,6 +55,13 @@ def table(prompts, responses, **columns):
     return numpy.ones((len(responses), 2))
 
 not_a_function = 3
+
+def failing():
+    raise FileNotFoundError("no such disk")
+
+def failing_midway():
+    yield {"prompt": "a", "completion": " b"}
+    raise FileNotFoundError("no such disk")
 """
 
 
@@ -204,6 +211,10 @@ COMMAND_LINES = [
     ("reward --policy {without_eos}", ["policy", "eos"]),
     ("ppo --policy {without_eos}", ["policy", "eos"]),
     ("sft --policy user:no_such", ["user:no_such"]),
+    ("sft --policy user.py:failing", ["user.py:failing", "FileNotFoundError", "no such disk"]),
+    ("sft --data user.py:failing", ["user.py:failing", "FileNotFoundError", "no such disk"]),
+    ("sft --data user.py:failing_midway", ["user.py:failing_midway", "no such disk"]),
+    ("ppo --prompts user.py:failing", ["user.py:failing", "no such disk"]),
     # reward functions
     ("ppo --reward user.py:nan", ["nan", "reward function nan"]),
     ("ppo --reward user.py:infinite", ["infinite", "inf"]),
