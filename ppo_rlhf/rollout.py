@@ -27,6 +27,16 @@ class Rollout:
     mask: Tensor  # (B, T)
 
 
+def inputs_of(prompts: PromptBatch, responses: Responses) -> Inputs:
+    """The policy's keyword arguments: prompts left-padded, responses right-padded."""
+    return {
+        "prompt_ids": prompts.ids,
+        "prompt_mask": prompts.mask,
+        "response_ids": responses.ids,
+        "response_mask": responses.mask,
+    }
+
+
 @torch.no_grad()
 def evaluate(
     policy: Callable[..., Evaluation],
@@ -38,12 +48,7 @@ def evaluate(
     batch_size: int,
 ) -> Rollout:
     """Evaluates the responses in batches, by the same forward that the update uses, so that its first ratio is 1."""
-    inputs = {
-        "prompt_ids": prompts.ids,
-        "prompt_mask": prompts.mask,
-        "response_ids": responses.ids,
-        "response_mask": responses.mask,
-    }
+    inputs = inputs_of(prompts, responses)
     evaluations, ref_logprobs = [], []
     for start in range(0, len(prompts), batch_size):
         piece = {name: tensor[start : start + batch_size] for name, tensor in inputs.items()}

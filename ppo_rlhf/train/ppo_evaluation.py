@@ -13,6 +13,7 @@ from ppo_rlhf.config import PPOConfig
 from ppo_rlhf.models import evaluating
 from ppo_rlhf.policy import response_logprobs
 from ppo_rlhf.rewards import score
+from ppo_rlhf.rollout import inputs_of
 from ppo_rlhf.run import gathered, share_of
 from ppo_rlhf.sampling import sample
 from ppo_rlhf.seeding import uniform_rows
@@ -72,12 +73,7 @@ def _evaluate_batch(
     columns = parts.eval_prompts.columns_of(numbers)
     scores = score(parts.reward, prompts.texts, responses.texts, columns).total.tolist()
     gold = score(parts.gold, prompts.texts, responses.texts, columns).total.tolist() if parts.gold is not None else None
-    inputs = {
-        "prompt_ids": prompts.ids,
-        "prompt_mask": prompts.mask,
-        "response_ids": responses.ids,
-        "response_mask": responses.mask,
-    }
+    inputs = inputs_of(prompts, responses)
     logprobs = response_logprobs(model, inputs, temperature=temperature)
     ref_logprobs = response_logprobs(parts.reference, inputs, temperature=temperature)
     kl = torch.where(responses.mask, logprobs - ref_logprobs, 0).sum(1).tolist()
