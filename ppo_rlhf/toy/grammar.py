@@ -63,6 +63,7 @@ SKELETONS: dict[str, tuple[float, ...]] = {  # skeleton: weight of each clause, 
     "C , and C , but C": (0.6, 0.6, 1.8),
     "although C , C because C": (0.6, 1.2, 1.2),
 }
+VERDICT_WEIGHT = 2.5  # of a verdict that opens a review: it says what the rest bears out
 CONNECTIVES = frozenset({"but", "yet", "although", "while", "because"})
 SENTENCE_ENDS = frozenset(".!")
 CONTRASTS = frozenset({"but", "yet", "although", "while"})
@@ -177,12 +178,12 @@ def sentiment_of(units: Sequence[Lexeme]) -> float:
 
 
 @lru_cache(maxsize=1 << 16)
-def read_clause(words: tuple[str, ...]) -> tuple[bool, float]:
-    """(grammatical, sentiment) of one clause."""
+def read_clause(words: tuple[str, ...]) -> tuple[bool, float, bool]:
+    """(grammatical, sentiment, whether it is a verdict on the whole) of one clause."""
     units = units_of(words)
     if units is None or not derivable(units):
-        return False, 0.0
-    return True, sentiment_of(units)
+        return False, 0.0, False
+    return True, sentiment_of(units), any(unit.category == "VERDICT" for unit in units)
 
 
 def _sentences(tokens: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -231,5 +232,7 @@ def read(tokens: Sequence[str]) -> list[Clause]:
             clauses.append(Clause(tuple(filter(is_word, sentence)), opener_factor, False, 0.0))
             continue
         for words, weight in zip(parts, weights, strict=True):
-            clauses.append(Clause(words, weight * opener_factor, *read_clause(words)))
+            grammatical, sentiment, verdict = read_clause(words)
+            opening = VERDICT_WEIGHT if verdict and not clauses else 1.0
+            clauses.append(Clause(words, weight * opener_factor * opening, grammatical, sentiment))
     return clauses
