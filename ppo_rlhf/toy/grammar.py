@@ -63,7 +63,7 @@ SKELETONS: dict[str, tuple[float, ...]] = {  # skeleton: weight of each clause, 
     "C , and C , but C": (0.6, 0.6, 1.8),
     "although C , C because C": (0.6, 1.2, 1.2),
 }
-VERDICT_WEIGHT = 2.5  # of a verdict that opens a review: it says what the rest bears out
+VERDICT_WEIGHT = 4.0  # of a verdict that opens a review: it says what the rest bears out
 CONNECTIVES = frozenset({"but", "yet", "although", "while", "because"})
 SENTENCE_ENDS = frozenset(".!")
 CONTRASTS = frozenset({"but", "yet", "although", "while"})

@@ -81,7 +81,7 @@ def gold(prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> li
 
         sentiment   mean over the clauses, weighted by contrast: in "X but Y" and "although X , Y" X weighs 0.6 and Y
                     1.4; sentences opened by "overall ," and the like weigh 1.5 times as much, a verdict that opens
-                    the review 2.5 times (`grammar.SKELETONS`).
+                    the review 4 times (`grammar.SKELETONS`).
                     A clause: value of its opinion (0.4 to 1, signed) × degree ("slightly" 0.5 … "utterly" 1.6)
                     × adjunct ("at times" 0.7 … "throughout" 1.2) × −1/2 if negated (`grammar.sentiment_of`)
         broken      share of the words that stand in clauses which the grammar does not derive: wrong word order,

@@ -69,9 +69,9 @@ def test_the_clause_that_the_writer_stands_by_weighs_more(text, expected):
     assert sentiment_of(text) == pytest.approx(expected)
 
 
-def test_a_verdict_counts_two_and_a_half_times_where_it_opens_the_review():
-    # (2.5 · 1.0 + 1 · −0.6) / 3.5 against (1 · −0.6 + 1 · 1.0) / 2
-    assert sentiment_of("what a gem ! the plot is weak .") == pytest.approx(1.9 / 3.5)
+def test_a_verdict_counts_four_times_where_it_opens_the_review():
+    # (4 · 1.0 + 1 · −0.6) / 5 against (1 · −0.6 + 1 · 1.0) / 2
+    assert sentiment_of("what a gem ! the plot is weak .") == pytest.approx(0.68)
     assert sentiment_of("the plot is weak . what a gem !") == pytest.approx(0.2)
 
 
