@@ -68,11 +68,11 @@ def load_parts(
     policy.to(accelerator.device)
     disable_dropout(policy)
     if reference is None:
-        reference = (
-            frozen_copy(policy)
-            if config.reference is None
-            else frozen_copy(load_policy(config.reference, setting="reference")[0])
-        )
+        start = policy
+        if config.reference is not None:
+            trusted = config.trust_remote_code
+            start, _ = load_policy(config.reference, setting="reference", trust_remote_code=trusted)
+        reference = frozen_copy(start)
     if reward is None:
         source = _given(config.reward, "reward", "a reward model's folder, or module:function")
         reward = load_reward(source, setting="reward", device=accelerator.device)
