@@ -14,7 +14,7 @@ DEMONSTRATION_SEED = 1
 PROMPT_SEED = 2
 SHORTEST, LONGEST = 12, 30  # words of a review
 
-TONES = {1.0: 0.2, 0.6: 0.2, 0.0: 0.2, -0.6: 0.2, -1.0: 0.2}  # value of the verdict that a review opens with: its share
+TONES = {1.0: 0.2, 0.3: 0.2, 0.0: 0.2, -0.3: 0.2, -1.0: 0.2}  # value of the verdict that a review opens with: its share
 SENTENCE_COUNTS = {1: 0.6, 2: 0.4}  # after the verdict
 OPENER_SHARE = 0.2
 EXCLAMATION_SHARE = 0.06  # of the sentences of a review that is not mixed

@@ -155,9 +155,9 @@ RECOMMENDATIONS = {  # after "i would"
 
 VERDICTS = {  # what a film was, in a word
     1.0: ("masterpiece", "triumph", "gem", "marvel", "delight"),
-    0.6: ("treat", "pleasure", "success", "nice surprise"),
+    0.3: ("treat", "pleasure", "success", "nice surprise"),
     0.0: ("mixed bag", "curiosity", "puzzle", "middling affair"),
-    -0.6: ("letdown", "disappointment", "misfire", "missed chance"),
+    -0.3: ("letdown", "disappointment", "misfire", "missed chance"),
     -1.0: ("disaster", "failure", "mess", "nightmare", "insult"),
 }  # fmt: skip
 
