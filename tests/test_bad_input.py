@@ -353,7 +353,11 @@ DATA = {
     "a blank completion": ("sft", rows(completion=" "), ["completion", "blank"]),
     "a prompt longer than the context": ("ppo", rows(prompt=LONG), ["prompt", "tokens"]),
     "a demonstration longer than the context": ("sft", rows(completion=LONG), ["demonstration", "64", "max_length"]),
-    "a response longer than the context": ("reward", rows(chosen=LONG), ["response", "64"]),
+    "no response that fits the context": (
+        "reward",
+        [{**row, "chosen": LONG} for row in rows()],
+        ["data", "response", "context"],
+    ),
     "a prompt longer than the context for normalisation": ("reward", rows(prompt=LONG), ["prompt", "tokens"]),
     "a margin that is a word": ("reward", [{**row, "margin": "big"} for row in rows()], ["margin", "big"]),
     "ranks that are fewer": ("reward", ranked([" a", " b", " c"], [1, 2]), ["ranks", "3"]),

@@ -56,7 +56,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "train": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW),
     "pipeline": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
     "report": ({"jinja2", "matplotlib"}, ERRORS),
-    "cli": ({"jsonargparse"}, LIGHT | {"config", "pipeline", "report", "run", "train"}),
+    "cli": ({"jsonargparse", "yaml"}, LIGHT | {"config", "pipeline", "report", "run", "train"}),
 }
 
 

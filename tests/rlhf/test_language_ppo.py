@@ -318,7 +318,7 @@ def test_a_separate_value_model_starts_from_the_reward_model_and_trains_apart_fr
     reward = RewardModel(classifier, cases.make_tokenizer())
     reward.set_normalization(0.5, 2.0)
     policy = cases.make_model(seed=3)
-    values = value_model_of(config_of(value_model="separate"), policy, reward).train()
+    values = value_model_of(config_of(value_model="separate"), policy, cases.make_tokenizer(), reward).train()
     ids, mask = torch.tensor([[5, 9, 12, 0]]), torch.ones(1, 4, dtype=torch.bool)
     expected = (reward.raw_scores([[5, 9, 12, 0]]) - 0.5) / 2.0
     torch.testing.assert_close(values(ids, mask)[:, -1], expected, rtol=0, atol=1e-5)
@@ -329,20 +329,21 @@ def test_a_separate_value_model_starts_from_the_reward_model_and_trains_apart_fr
 
 def test_a_separate_value_model_from_the_policy_starts_at_zero(accelerator):
     policy = cases.make_model()
-    values = value_model_of(config_of(value_model="separate"), policy, by_length)
+    values = value_model_of(config_of(value_model="separate"), policy, cases.make_tokenizer(), by_length)
     ids, mask = torch.tensor([[5, 9, 12, 0]]), torch.ones(1, 4, dtype=torch.bool)
     assert (values(ids, mask) == 0).all()
     assert not {p.data_ptr() for p in values.parameters()} & {p.data_ptr() for p in policy.parameters()}
     assert all(p.requires_grad for p in values.parameters())
-    assert value_model_of(config_of(), policy, by_length) is None
+    assert value_model_of(config_of(), policy, cases.make_tokenizer(), by_length) is None
 
 
 def test_a_reward_model_of_another_vocabulary_cannot_become_the_value_model():
     policy = cases.make_model()
-    policy.resize_token_embeddings(80)
+    tokenizer = cases.make_tokenizer()
+    tokenizer.add_tokens(["<new>"])
     reward = RewardModel(classifier_from(cases.make_model()), cases.make_tokenizer())
     with pytest.raises(UserError, match="its vocabulary is not the policy's"):
-        value_model_of(config_of(value_model="separate"), policy, reward)
+        value_model_of(config_of(value_model="separate"), policy, tokenizer, reward)
 
 
 @pytest.mark.parametrize(

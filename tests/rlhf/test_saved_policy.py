@@ -85,7 +85,7 @@ def test_a_policy_saved_loaded_and_saved_again_stays_the_same(saved, tmp_path):
     loaded, tokenizer = load_policy(str(folder), setting="policy")
     assert loaded.dtype == torch.float32
     ids = torch.tensor([[5, 9, 12, 10]])
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)  # by another form of attention
     save_policy(loaded, tokenizer, tmp_path / "again", temperature=0.7, stop_ids=[0, 9])
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert len(AutoTokenizer.from_pretrained(tmp_path / "again")) == len(tokenizer)
