@@ -162,19 +162,28 @@ def sentiment_of(units: Sequence[Lexeme]) -> float:
     opinion that its subject cannot have ("the photography is witty") says nothing and counts 0.
     """
     subjects = [unit.kinds for unit in units if unit.category in lexicon.SUBJECT_CATEGORIES]
-    opinions: list[float] = []
-    degree = factor = 1.0
+    opinions = [
+        _degree_of(before) * opinion.value if all(kinds <= opinion.kinds for kinds in subjects) else 0.0
+        for before, opinion in pairwise(units)  # no clause begins with its opinion
+        if opinion.category in lexicon.OPINION_CATEGORIES
+    ]
+    return _factor_of(units) * sum(opinions) / len(opinions)
+
+
+def _degree_of(before: Lexeme) -> float:
+    """What the word before an opinion makes of it: "very", "gladly"."""
+    return before.value if before.category in lexicon.DEGREE_CATEGORIES else 1.0
+
+
+def _factor_of(units: Sequence[Lexeme]) -> float:
+    """What adjuncts and negations make of the whole clause."""
+    factor = 1.0
     for unit in units:
-        if unit.category in ("DEGREE", "WILLING"):
-            degree = unit.value
-        elif unit.category in lexicon.OPINION_CATEGORIES:
-            opinions.append(degree * unit.value if all(kinds <= unit.kinds for kinds in subjects) else 0.0)
-            degree = 1.0
-        elif unit.category == "ADJUNCT":
-            factor = unit.value
+        if unit.category == "ADJUNCT":
+            factor *= unit.value
         elif unit.category in lexicon.NEGATIONS:
             factor *= -0.5
-    return factor * sum(opinions) / len(opinions)
+    return factor
 
 
 @lru_cache(maxsize=1 << 16)

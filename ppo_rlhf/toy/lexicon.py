@@ -11,6 +11,7 @@ from dataclasses import dataclass
 KINDS = frozenset({"story", "humor", "people", "look", "sound", "film"})
 
 OPINION_CATEGORIES = frozenset({"ADJECTIVE", "PAST", "BASE", "THIRD", "RECOMMEND", "VERDICT"})
+DEGREE_CATEGORIES = frozenset({"DEGREE", "WILLING"})  # they stand right before the opinion that they grade
 SUBJECT_CATEGORIES = frozenset({"COUNT", "MASS", "PLURAL", "GENRE", "it"})
 NEGATIONS = frozenset({"NOT", "NEVER", "no", "nothing"})
 

@@ -1,5 +1,10 @@
 """The demonstrations and prompts: rich enough to need a language model, and all within the grammar."""
 
+import math
+import statistics
+
+import pytest
+
 from ppo_rlhf import toy
 from ppo_rlhf.toy import corpus, grammar, lexicon, reward
 
@@ -39,22 +44,34 @@ def test_a_completion_starts_with_the_space_that_its_prompt_lacks(demonstrations
     assert all(row["completion"].startswith(" ") and not row["prompt"].endswith(" ") for row in demonstrations)
 
 
-def test_praise_and_blame_are_balanced_and_some_reviews_are_mixed(demonstrations):
-    sentiments = [reward.sentiment(grammar.read(grammar.tokens_of(row["completion"]))) for row in demonstrations]
-    positive = sum(sentiment > 0.25 for sentiment in sentiments) / len(sentiments)
-    negative = sum(sentiment < -0.25 for sentiment in sentiments) / len(sentiments)
-    assert 0.35 < positive < 0.45
-    assert 0.35 < negative < 0.45
-    assert 1 - positive - negative > 0.1
-
-
-def test_a_review_opens_with_a_verdict_and_bears_it_out(demonstrations):
+@pytest.fixture(scope="module")
+def clauses_by_tone(demonstrations):
+    """The clauses of each review, by the value of the verdict that it opens with."""
     by_tone = {1.0: [], 0.3: [], 0.0: [], -0.3: [], -1.0: []}
     for row in demonstrations:
-        verdict, *others = grammar.read(grammar.tokens_of(row["completion"]))
-        by_tone[verdict.sentiment].append(sum(clause.weight * clause.sentiment for clause in others))
-    means = [sum(values) / len(values) for values in by_tone.values()]
-    assert all(len(values) > 0.15 * len(demonstrations) for values in by_tone.values())
+        clauses = grammar.read(grammar.tokens_of(row["completion"]))
+        by_tone[clauses[0].sentiment].append(clauses)
+    return by_tone
+
+
+def test_a_fifth_each_of_the_reviews_rave_praise_are_mixed_complain_and_pan(demonstrations, clauses_by_tone):
+    """Each review's tone is drawn with probability 1/5: the counts are binomial, here within four deviations."""
+    num = len(demonstrations)
+    tolerance = 4 * math.sqrt(num * 1 / 5 * 4 / 5)
+    for reviews in clauses_by_tone.values():
+        assert len(reviews) == pytest.approx(num / 5, abs=tolerance)
+
+
+def test_a_review_that_is_not_mixed_praises_or_blames_as_its_verdict_does(clauses_by_tone):
+    for tone, reviews in clauses_by_tone.items():
+        assert all(reward.sentiment(clauses) * tone > 0 for clauses in reviews if tone)
+
+
+def test_a_review_opens_with_a_verdict_and_bears_it_out(clauses_by_tone):
+    means = [
+        statistics.mean(sum(clause.weight * clause.sentiment for clause in others) for _, *others in reviews)
+        for reviews in clauses_by_tone.values()
+    ]
     assert means == sorted(means, reverse=True)
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ppo_rlhf import toy
 from ppo_rlhf.toy import grammar, reward
+from ppo_rlhf.toy.grammar import read_clause
 
 PROMPT = "we saw a comedy by anna kovacs at home ."
 PRAISE = "the plot is brilliant , and the jokes were very good . we would gladly recommend it to anyone ."
@@ -93,15 +94,19 @@ def test_degrees_order_the_reward():
         ("it is a very honest comedy .", "it is an very honest comedy ."),
         ("it is a good comedy .", "it is good a comedy ."),
         ("it has superb acting .", "it has a superb acting ."),
-        ("although the plot is dull , it is good .", "although the plot is dull ."),
+        ("although the plot is dull , it is superb .", "although the plot is dull ."),
         ("the plot is good .", "the plot is goood ."),
     ],
 )
-def test_broken_grammar_is_charged(right, wrong):
-    rest = " the costumes were beautiful , and i would happily see it twice ."
+def test_broken_grammar_is_charged_by_its_share_of_the_words(right, wrong):
+    """The charge is 1.5 × that share, to which comes what praise is lost: none of the right sentences blames."""
+    rest = " the costumes were beautiful , and i would happily see it twice ."  # clauses of 4 and 6 words
+    num_broken = len(wrong.split()) - 1  # without the full stop
+    charge = 1.5 * num_broken / (num_broken + 4 + 6)
     assert grammatical(right)
     assert not grammatical(wrong)
-    assert gold_of(wrong + rest) < gold_of(right + rest) - 0.35
+    assert sentiment_of(right) >= 0
+    assert gold_of(right + rest) - gold_of(wrong + rest) >= charge - 1e-9
 
 
 def test_praise_that_cannot_be_meant_counts_nothing():
@@ -198,3 +203,12 @@ def test_any_heap_of_the_grammars_words_has_a_finite_score(words):
 
 def test_other_columns_are_ignored():
     assert toy.gold([PROMPT], [PRAISE], stars=[5]) == toy.gold([PROMPT], [PRAISE])
+
+
+def test_an_adjunct_and_a_negation_both_weigh_on_a_clause():
+    """A negation turns a clause over at half its strength, with or without an adjunct."""
+    for adjunct in ([], ["throughout"]):
+        _, plain, _ = read_clause(("the", "plot", "is", "good", *adjunct))
+        _, negated, _ = read_clause(("the", "plot", "is", "not", "good", *adjunct))
+        assert plain > 0
+        assert negated == pytest.approx(-0.5 * plain)
