@@ -18,9 +18,10 @@ def make_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.opti
     Norms and biases are told by their shape, one dimension, not by their names, which differ between architectures.
     """
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    decayed = [p for p in trainable if p.ndim >= 2 and settings.weight_decay]
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2 or not settings.weight_decay], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 
 
-def keyed_generator(*key: int | str) -> torch.Generator:
-    """A CPU generator whose state depends on the key alone."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+def keyed_seed(*key: int | str) -> int:
+    """A seed in [0, 2**63) that depends on the key alone."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose state depends on the key alone; the numbers of a GPU are others than a CPU's."""
+    return torch.Generator(device).manual_seed(keyed_seed(*key))
 
 
 def permutation(length: int, *key: int | str) -> Tensor:

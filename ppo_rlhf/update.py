@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from ppo_rlhf.core import Experience, ppo_loss, whiten
 from ppo_rlhf.core.losses import kl_old_new
+from ppo_rlhf.core.masked import SumAcross, identity
 from ppo_rlhf.settings import PPOSettings
 
 __all__ = ["PPOSettings", "measured_kl", "ppo_update"]
@@ -48,35 +51,39 @@ def ppo_update(
         raise ValueError(
             f"num_minibatches={settings.num_minibatches} does not divide the {len(experience)} rows of a rollout."
         )
+    alone = accelerator.distributed_type == DistributedType.NO and accelerator.scaler is None
+    mean_across = identity if alone else functools.partial(accelerator.reduce, reduction="mean")
+    sum_across = identity if alone else accelerator.reduce
+    raw = getattr(optimizer, "optimizer", optimizer)
+    fused = alone and raw.defaults.get("fused")
+    parameters = list(policy.parameters())
     history: list[Tensor] = []
     names: list[str] = []
-    taken = skipped = 0
-    for minibatch in _minibatches(experience, size, settings, accelerator, generator):
-        statistics = _accumulate_gradient(policy, minibatch, settings, accelerator, kl_penalty_coef, kl_divergence)
+    for minibatch in _minibatches(experience, size, settings, sum_across, generator):
+        statistics = _accumulate_gradient(
+            policy, minibatch, settings, accelerator, kl_penalty_coef, kl_divergence, mean_across
+        )
         names = list(statistics)
-        means = accelerator.reduce(torch.stack(list(statistics.values())), "mean")
+        means = mean_across(torch.stack(list(statistics.values())))
         # All processes see the reduced value and stop together, or the next all-reduce would wait forever.
         if settings.target_kl is not None and means[names.index("policy/approx_kl")] > 1.5 * settings.target_kl:
-            optimizer.zero_grad()
+            raw.zero_grad()
             break
-        grad_norm = _full(accelerator.clip_grad_norm_(policy.parameters(), settings.max_grad_norm))
-        finite = bool(torch.isfinite(grad_norm))
-        if finite or accelerator.scaler is not None:  # fp16: the scaler itself leaves out a bad step
-            optimizer.step()
-        if finite:
-            taken += 1
-            history.append(torch.cat([means, grad_norm.detach().to(means).reshape(1)]))
+        if fused:
+            grad_norm = _fused_step(raw, parameters, settings.max_grad_norm)
         else:
-            skipped += 1
-        optimizer.zero_grad()
+            grad_norm = _step(optimizer, parameters, settings.max_grad_norm, accelerator)
+        raw.zero_grad()
+        history.append(torch.cat([means, grad_norm.to(means).reshape(1)]))
 
-    planned = settings.num_epochs * settings.num_minibatches
-    averages = torch.stack(history).mean(0).tolist() if history else [float("nan")] * (len(names) + 1)
+    steps = torch.stack(history) if history else torch.zeros(0, len(names) + 1)
+    finite = steps[:, -1].isfinite()
+    averages = steps[finite].mean(0).tolist()  # NaN where no step was taken
     return {
         **dict(zip([*names, "grad_norm"], averages, strict=True)),
-        "optimizer_steps": taken,
-        "skipped_steps": skipped,
-        "stopped_steps": planned - taken - skipped,
+        "optimizer_steps": int(finite.sum()),
+        "skipped_steps": int((~finite).sum()),
+        "stopped_steps": settings.num_epochs * settings.num_minibatches - len(steps),
     }
 
 
@@ -92,21 +99,22 @@ def measured_kl(
 
     What `adapt_kl_coef_ppo_penalty` compares with its target: exact with `kl_divergence`, else the k3 estimate.
     """
-    count = _global_count(experience, accelerator)
+    mean_across = functools.partial(accelerator.reduce, reduction="mean")
+    count = _global_count(experience, mean_across)
     total = torch.zeros((), device=experience.mask.device)
     with torch.no_grad():
         for piece in experience.split(settings.micro_batch_size or len(experience)):
             total += kl_old_new(policy(**piece.inputs), piece, kl_divergence=kl_divergence, count=count)
-    return float(accelerator.reduce(total, "mean"))
+    return float(mean_across(total))
 
 
 def _minibatches(
-    experience: Experience, size: int, settings: PPOSettings, accelerator: Accelerator, generator: torch.Generator
+    experience: Experience, size: int, settings: PPOSettings, sum_across: SumAcross, generator: torch.Generator
 ) -> Iterator[Experience]:
     for _ in range(settings.num_epochs):
         for minibatch in experience.shuffled(size, generator):
             if settings.normalize_minibatches:
-                advantages = whiten(minibatch.advantages, minibatch.mask, sum_across=accelerator.reduce)
+                advantages = whiten(minibatch.advantages, minibatch.mask, sum_across=sum_across)
                 minibatch = replace(minibatch, advantages=advantages)
             yield minibatch
 
@@ -118,34 +126,74 @@ def _accumulate_gradient(
     accelerator: Accelerator,
     kl_penalty_coef: float,
     kl_divergence: KLDivergence | None,
+    mean_across: SumAcross,
 ) -> dict[str, Tensor]:
     """Adds the minibatch's gradient to the parameters', micro-batch by micro-batch; → its summed statistics."""
-    count = _global_count(minibatch, accelerator)
+    count = _global_count(minibatch, mean_across)
     pieces = list(minibatch.split(settings.micro_batch_size or len(minibatch)))
+    loss_of = _compiled_loss() if settings.compile else _loss
     totals: dict[str, Tensor] = {}
     for index, piece in enumerate(pieces):
         last = index == len(pieces) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(policy):
-            loss, statistics = ppo_loss(
-                policy(**piece.inputs),
-                piece,
-                clip_range=settings.clip_range,
-                dual_clip=settings.dual_clip,
-                value_clip_range=settings.value_clip_range,
-                value_coef=settings.value_coef,
-                entropy_coef=settings.entropy_coef,
-                kl_penalty_coef=kl_penalty_coef,
-                kl_divergence=kl_divergence,
-                count=count,
-            )
+            loss, statistics = loss_of(policy, piece, settings, kl_penalty_coef, kl_divergence, count)
             accelerator.backward(loss)
-        totals = {name: totals.get(name, 0) + value for name, value in statistics.items()}
+        totals = {name: totals[name] + value for name, value in statistics.items()} if totals else statistics
     return totals
 
 
-def _global_count(experience: Experience, accelerator: Accelerator) -> Tensor:
+def _loss(
+    policy: nn.Module,
+    experience: Experience,
+    settings: PPOSettings,
+    kl_penalty_coef: float,
+    kl_divergence: KLDivergence | None,
+    count: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The forward pass and the loss: what torch.compile fuses."""
+    return ppo_loss(
+        policy(**experience.inputs),
+        experience,
+        clip_range=settings.clip_range,
+        dual_clip=settings.dual_clip,
+        value_clip_range=settings.value_clip_range,
+        value_coef=settings.value_coef,
+        entropy_coef=settings.entropy_coef,
+        kl_penalty_coef=kl_penalty_coef,
+        kl_divergence=kl_divergence,
+        count=count,
+    )
+
+
+@functools.cache
+def _compiled_loss() -> Any:
+    return torch.compile(_loss)
+
+
+def _step(optimizer: Any, parameters: list[nn.Parameter], max_grad_norm: float, accelerator: Accelerator) -> Tensor:
+    """One step with the gradient clipped to max_grad_norm, none where it is not finite; → the norm before clipping."""
+    grad_norm = _full(accelerator.clip_grad_norm_(parameters, max_grad_norm))
+    if accelerator.scaler is not None or torch.isfinite(grad_norm):  # fp16: the scaler itself leaves out a bad step
+        optimizer.step()
+    return grad_norm.detach()
+
+
+def _fused_step(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], max_grad_norm: float) -> Tensor:
+    """The same inside a fused optimizer's own kernel, which scales the gradient and leaves out a bad step itself.
+
+    The host waits for no value, and the gradients are not written once more.
+    """
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    optimizer.grad_scale = ((grad_norm.float() + 1e-6) / max_grad_norm).clamp(min=1)  # type: ignore[attr-defined]
+    optimizer.found_inf = (~grad_norm.isfinite()).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+    return grad_norm
+
+
+def _global_count(experience: Experience, mean_across: SumAcross) -> Tensor:
     """Decisions across processes ÷ processes: DDP averages gradients, so this makes their sum right."""
-    return accelerator.reduce(experience.mask.sum().float(), "mean")
+    return mean_across(experience.mask.sum().float())
 
 
 def _full(grad_norm: Any) -> Tensor:

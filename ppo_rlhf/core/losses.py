@@ -37,14 +37,8 @@ def clipped_policy_loss(
     clip_range: ε, 0.2 in the paper; None leaves the ratio unclipped (eq. 6). dual_clip: c > 1 bounds the loss of a
     decision with negative advantage to −c·A (Ye et al., 2020, eq. 5; c = 3 there), however large its ratio.
     """
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0)
-    ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
-    advantages = torch.where(mask, advantages, 0)
-    loss = -advantages * ratio
-    if clip_range is not None:
-        loss = torch.maximum(loss, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
-    if dual_clip is not None:
-        loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+    ratio = _ratio(torch.where(mask, logprobs - old_logprobs, 0))
+    loss = _policy_terms(ratio, torch.where(mask, advantages, 0), clip_range, dual_clip)
     return masked_mean(loss, mask, count=count)
 
 
@@ -61,12 +55,7 @@ def value_loss(
 
     All (B, T) → scalar. The ½ and the maximum are those of OpenAI's baselines and lm-human-preferences (range 0.2).
     """
-    values, old_values, returns = (torch.where(mask, x, 0) for x in (values, old_values, returns))
-    loss = (values - returns) ** 2
-    if clip_range is not None:
-        clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
-        loss = torch.maximum(loss, (clipped - returns) ** 2)
-    return 0.5 * masked_mean(loss, mask, count=count)
+    return masked_mean(_value_terms(values, old_values, returns, mask, clip_range), mask, count=count)
 
 
 def ppo_loss(
@@ -94,37 +83,67 @@ def ppo_loss(
     micro-batches). `policy/approx_kl` is the k3 estimate of KL(old‖new), in nats per decision.
     """
     mask = experience.mask
-    policy = clipped_policy_loss(
-        evaluation.logprobs,
-        experience.logprobs,
-        experience.advantages,
-        mask,
-        clip_range=clip_range,
-        dual_clip=dual_clip,
-        count=count,
-    )
-    value = value_loss(
-        evaluation.values, experience.values, experience.returns, mask, clip_range=value_clip_range, count=count
-    )
-    entropy = masked_mean(evaluation.entropy, mask, count=count)
+    zero = evaluation.logprobs.new_zeros(())  # a tensor: torch.where converts a Python number at each call
+    total = mask.sum() if count is None else torch.as_tensor(count, device=mask.device)
+    share = (mask.to(zero.dtype) / torch.where(total > 0, total, 1)).flatten()  # of each decision in the mean
+
+    log_ratio = torch.where(mask, evaluation.logprobs - experience.logprobs, zero)
+    ratio = _ratio(log_ratio)
+    policy = _policy_terms(ratio, torch.where(mask, experience.advantages, zero), clip_range, dual_clip)
+    policy = _mean(policy, share)
+    value = _value_terms(evaluation.values, experience.values, experience.returns, mask, value_clip_range)
+    value = _mean(value, share)
+    entropy = torch.where(mask, evaluation.entropy, zero)
     loss = policy + value_coef * value
     if entropy_coef:
-        loss = loss - entropy_coef * entropy
+        loss = loss - entropy_coef * _mean(entropy, share)
     if kl_penalty_coef:
         loss = loss + kl_penalty_coef * kl_old_new(evaluation, experience, kl_divergence=kl_divergence, count=count)
 
     with torch.no_grad():
-        ratio = torch.where(mask, evaluation.logprobs - experience.logprobs, 0).exp()
-        clipped = torch.zeros_like(ratio) if clip_range is None else ((ratio - 1).abs() > clip_range).to(ratio.dtype)
-        statistics = {
-            "loss/policy": policy.detach(),
-            "loss/value": value.detach(),
-            "objective/entropy": entropy.detach(),
-            "policy/approx_kl": kl_old_new(evaluation, experience, count=count),
-            "policy/clip_fraction": masked_mean(clipped, mask, count=count),
-            "policy/ratio": masked_mean(ratio, mask, count=count),
+        change = torch.expm1(log_ratio)
+        watched = {
+            "objective/entropy": entropy,
+            "policy/approx_kl": change - log_ratio,  # k3 of KL(old‖new)
+            "policy/clip_fraction": (change.abs() > (torch.inf if clip_range is None else clip_range)).to(share.dtype),
+            "policy/ratio": change + 1,
         }
-    return loss, statistics
+        means = _mean(torch.stack(list(watched.values())), share)
+    statistics = {"loss/policy": policy.detach(), "loss/value": value.detach()}
+    return loss, {**statistics, **dict(zip(watched, means.unbind(), strict=True))}
+
+
+def _mean(x: Tensor, share: Tensor) -> Tensor:
+    """Σ share · x over the decisions (B, T), also of several x (K, B, T) at once."""
+    return x.flatten(-2) @ share.to(x.dtype)
+
+
+def _ratio(log_ratio: Tensor) -> Tensor:
+    """ρ = π/π_old, finite however far apart the two are."""
+    return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+
+
+def _policy_terms(ratio: Tensor, advantages: Tensor, clip_range: float | None, dual_clip: float | None) -> Tensor:
+    """The clipped objective's loss of each decision."""
+    if clip_range is not None:  # max(−A·ρ, −A·clip(ρ)): only the bound that would reward going on is felt
+        free = torch.full_like(advantages, torch.inf)
+        lower = torch.where(advantages < 0, 1 - clip_range, -free)
+        upper = torch.where(advantages > 0, 1 + clip_range, free)
+        ratio = ratio.clamp(lower, upper)
+    loss = -advantages * ratio
+    if dual_clip is not None:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+    return loss
+
+
+def _value_terms(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float | None) -> Tensor:
+    """The value loss of each decision, 0 where none was made."""
+    zero = values.new_zeros(())
+    loss = torch.where(mask, values - returns, zero).square()
+    if clip_range is not None:
+        clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
+        loss = torch.maximum(loss, torch.where(mask, clipped - returns, zero).square())
+    return 0.5 * loss
 
 
 def kl_old_new(

@@ -49,6 +49,11 @@ def random_rows(num: int, *, seed: int = 0, shape: tuple[int, int] = (3, 5)) -> 
     return *(torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(num)), mask
 
 
+def rows_of(*lists: list[float]) -> Tensor:
+    """Numbers written out row by row, (B, T) float64."""
+    return torch.tensor(lists, dtype=torch.float64)
+
+
 def close(actual, expected, *, atol: float = 1e-10, rtol: float = 1e-9) -> None:
     """Asserts equality in float64; `expected` may be nested lists."""
     actual, expected = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (actual, expected))

@@ -6,17 +6,13 @@ import hypothesis.strategies as st
 import pytest
 import reference
 import torch
-from core_cases import POISONS, close, examples, floats, leaf, masks, tensors
+from core_cases import POISONS, close, examples, floats, leaf, masks, rows_of, tensors
 from hypothesis import given
 from torch.autograd import gradcheck
 
 from ppo_rlhf.core import discounted_returns, gae, kl_shaped_rewards
 
 NAN = float("nan")
-
-
-def rows_of(*lists):
-    return torch.tensor(lists, dtype=torch.float64)
 
 
 def flags(*lists):

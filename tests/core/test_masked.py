@@ -15,6 +15,7 @@ from core_cases import (
     leaf,
     random_rows,
     rows,
+    rows_of,
     tensors,
 )
 from hypothesis import assume, given
@@ -39,10 +40,6 @@ STATISTICS = {
     "unit_variance": unit_variance,
     "explained_variance": lambda x, mask: explained_variance(x, 2 * x + torch.arange(x.shape[1]), mask),
 }
-
-
-def rows_of(*lists):
-    return torch.tensor(lists, dtype=torch.float64)
 
 
 def test_identity_is_the_sum_over_one_process():
