@@ -22,7 +22,10 @@ from ppo_rlhf.run import (
     is_finished,
     make_accelerator,
     new_folder,
+    read_config,
+    refuse_changes,
     share_of,
+    strict_json,
     write_config,
     write_text,
 )
@@ -30,14 +33,17 @@ from ppo_rlhf.sampling import sample
 from ppo_rlhf.seeding import uniform_rows
 from ppo_rlhf.train import ppo, reward_model, sft
 
+STAGES = ("sft", "reward", "ppo")
+
 
 def run(config: PipelineConfig) -> dict[str, Any]:
     """Runs the stages, each in a run folder of its own inside the pipeline's; → the summary of all.
 
     A finished stage is not run again when the pipeline is resumed. Raises UserError for a mistake in any stage's
-    configuration that can be seen before the first stage starts.
+    configuration that can be seen before the first stage starts, and for a stage that was started with another one.
     """
     folder = new_folder(config.output_dir, "pipeline", resume=config.resume)
+    check_unchanged(config, folder)
     if is_finished(folder):
         return {"finished": str(folder)}
     check_references(asdict(config))
@@ -60,7 +66,7 @@ def run(config: PipelineConfig) -> dict[str, Any]:
     reward_model.train(config.reward)
     ppo.train(config.ppo)
 
-    stages = {name: json.loads((folder / name / "summary.json").read_text()) for name in ("sft", "reward", "ppo")}
+    stages = {name: json.loads((folder / name / "summary.json").read_text()) for name in STAGES}
     seconds = {name: summary.pop("seconds") for name, summary in stages.items()}
     summary: dict[str, Any] = {**stages, "seconds": seconds}
     comparisons = folder / "comparisons.json"
@@ -68,8 +74,21 @@ def run(config: PipelineConfig) -> dict[str, Any]:
         summary["comparisons"] = json.loads(comparisons.read_text())
         seconds["comparisons"] = summary["comparisons"].pop("seconds")
     if accelerator.is_main_process:
-        write_text(folder / "summary.json", json.dumps(summary, indent=1))
+        write_text(folder / "summary.json", strict_json(summary, indent=1))
     return summary | {"output_dir": str(folder)}
+
+
+def check_unchanged(config: PipelineConfig, folder: Path) -> None:
+    """Raises UserError for a setting that differs from the one with which a part of the pipeline was run already."""
+    old, new = read_config(folder), asdict(config)
+    if old is None:
+        return
+    for stage in STAGES:
+        if read_config(folder / stage) is not None:
+            refuse_changes(folder / stage, {"seed": old["seed"]}, {"seed": config.seed})
+            refuse_changes(folder / stage, old[stage], new[stage], prefix=f"{stage}.")
+    if (folder / "comparisons.jsonl").exists():
+        refuse_changes(folder, old["comparisons"], new["comparisons"], prefix="comparisons.")
 
 
 def filled_in(config: PipelineConfig, folder: Path) -> PipelineConfig:
@@ -154,7 +173,7 @@ def compare(config: PipelineConfig, folder: Path) -> None:
             "disagreement": disagreement(judged),
             "seconds": round(time.monotonic() - started, 1),
         }
-        write_text(folder / "comparisons.json", json.dumps(statistics))
+        write_text(folder / "comparisons.json", strict_json(statistics))
         write_text(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in judged))
     accelerator.wait_for_everyone()
 

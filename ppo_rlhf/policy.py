@@ -21,7 +21,7 @@ Inputs = dict[str, Tensor]  # prompt_ids, prompt_mask (B, P), response_ids, resp
 class TokenValues(nn.Module):
     """A transformer with a scalar head on every position: a value function of its own, apart from the policy."""
 
-    def __init__(self, trunk: nn.Module, head: nn.Linear) -> None:
+    def __init__(self, trunk: PreTrainedModel, head: nn.Linear) -> None:
         super().__init__()
         self.trunk = trunk
         self.head = head
@@ -72,6 +72,15 @@ class PolicyWithValue(nn.Module):
             self.value_head = nn.Linear(embeddings.shape[1], 1, dtype=embeddings.dtype, device=embeddings.device)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
+
+    def checkpoint_activations(self) -> None:
+        """From now on, in training mode, activations are computed again in the backward pass: less memory, more time.
+
+        Those of the language model, and of a value model of its own.
+        """
+        self.language_model.activation_checkpointing_enable()
+        if self.value_model is not None:
+            self.value_model.trunk.activation_checkpointing_enable()
 
     def forward(
         self, *, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, response_mask: Tensor

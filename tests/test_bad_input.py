@@ -2,20 +2,16 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent / "stages"))
-
 import tiny_runs
-from tiny_runs import data, in_tmp_path, models, one_thread, write_rows
+import torch
+from tiny_runs import data, in_tmp_path, models, write_rows
 
 from ppo_rlhf.cli import main
 
-__all__ = ["data", "in_tmp_path", "models", "one_thread"]
+__all__ = ["data", "in_tmp_path", "models"]
 
 USER = """
 import math
@@ -464,7 +460,7 @@ def reward_model_of(paths, tokens):
     """A reward model of another tokenizer than the policy's."""
     from transformers import GPT2ForSequenceClassification
 
-    config = tiny_runs.gpt2(tokens).config
+    config = tiny_runs.model(tokens).config
     config.num_labels = 1
     config.pad_token_id = 1
     return tiny_runs.save("rewarder", GPT2ForSequenceClassification(config), tokens)

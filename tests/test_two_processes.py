@@ -3,18 +3,14 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "stages"))
-
 import tiny_runs
-from tiny_runs import STOPS, data, in_tmp_path, jsonl, metrics_of, models, one_thread, weights_of
+from tiny_runs import STOPS, data, in_tmp_path, jsonl, metrics_of, models, weights_of
 
 from ppo_rlhf.cli import main
 
-__all__ = ["data", "in_tmp_path", "models", "one_thread"]
+__all__ = ["data", "in_tmp_path", "models"]
 
 COMMON = "--log_with [] --eval_fraction 0.2 --save_every 2 --eval_every 2"
 SAMPLING = f"--sampling.max_new_tokens 6 --sampling.stop_token_ids {json.dumps(STOPS).replace(' ', '')}"
@@ -133,6 +129,30 @@ def test_a_batch_that_two_processes_cannot_share_is_refused(models, data, tmp_pa
     assert "exitcode  : 2" in done.stderr
     assert "ppo_rlhf/" not in done.stderr  # no traceback of ours
     assert not (tmp_path / "out").exists()
+
+
+FAILS_LATE_IN_ONE_PROCESS = """
+import os
+
+calls = []
+
+def length(prompts, responses, **columns):
+    calls.append(1)
+    if len(calls) == 3 and os.environ["RANK"] == "{rank}":
+        raise RuntimeError("the judge is ill")
+    return [len(response) / 10 for response in responses]
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_in_one_process_ends_the_run_of_both(rank, models, data, tmp_path):
+    (tmp_path / "late.py").write_text(FAILS_LATE_IN_ONE_PROCESS.format(rank=rank))
+    words = f"ppo --policy {models['gpt2']} --reward late.py:length --prompts {data['prompts']} --batch_size 8"
+    words += f" --num_steps 4 --max_eval_prompts 4 {SAMPLING} --output-dir out"
+    done = torchrun(words.split(), tmp_path)  # which would run out of its time
+    assert done.returncode != 0
+    assert "error: reward function length raised RuntimeError: the judge is ill" in done.stderr
+    assert [row["step"] for row in metrics_of(tmp_path / "out")] == [0, 1]
 
 
 def test_a_pipeline_runs_in_two_processes(models, data, tmp_path):

@@ -16,17 +16,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+
+def shown(number: float | None, digits: str) -> str:
+    """The number; a dash for one that was not finite, which a summary holds as null, or is not there."""
+    return "–" if number is None else format(number, digits)
+
+
+def change(outcome: dict[str, float | None], name: str, digits: str) -> str:
+    """A number before and after PPO."""
+    return f"{shown(outcome[f'{name}_before'], digits)} → {shown(outcome[f'{name}_after'], digits)}"
+
+
 COLUMNS = {
-    "pairwise accuracy": lambda s: f"{s['reward']['pairwise_accuracy']:.3f}",
-    "calibration error": lambda s: f"{s['reward']['calibration_error']:.3f}",
-    "score": lambda s: f"{s['ppo']['score_before']:.2f} → {s['ppo']['score_after']:.2f}",
-    "gold": lambda s: f"{s['ppo']['gold_score_before']:.2f} → {s['ppo']['gold_score_after']:.2f}",
-    "gold std before": lambda s: f"{s['ppo']['gold_score_std_before']:.2f}",
-    "KL, nats": lambda s: f"{s['ppo']['kl']:.1f}",
-    "stop rate": lambda s: f"{s['ppo']['stop_rate']:.3f}",
-    "length": lambda s: f"{s['ppo']['length_before']:.1f} → {s['ppo']['length_after']:.1f}",
-    "distinct-2": lambda s: f"{s['ppo']['distinct_2_before']:.3f} → {s['ppo']['distinct_2_after']:.3f}",
-    "annotators differ": lambda s: f"{s['comparisons']['disagreement']:.3f}" if "comparisons" in s else "–",
+    "pairwise accuracy": lambda s: shown(s["reward"]["pairwise_accuracy"], ".3f"),
+    "calibration error": lambda s: shown(s["reward"]["calibration_error"], ".3f"),
+    "score": lambda s: change(s["ppo"], "score", ".2f"),
+    "gold": lambda s: change(s["ppo"], "gold_score", ".2f"),
+    "gold std before": lambda s: shown(s["ppo"]["gold_score_std_before"], ".2f"),
+    "KL, nats": lambda s: shown(s["ppo"]["kl"], ".1f"),
+    "stop rate": lambda s: shown(s["ppo"]["stop_rate"], ".3f"),
+    "length": lambda s: change(s["ppo"], "length", ".1f"),
+    "distinct-2": lambda s: change(s["ppo"], "distinct_2", ".3f"),
+    "annotators differ": lambda s: shown(s.get("comparisons", {}).get("disagreement"), ".3f"),
     "seconds": lambda s: " + ".join(f"{s['seconds'][name]:.0f}" for name in ("sft", "reward", "ppo")),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -66,20 +67,28 @@ def outcome_lines(folder: Path) -> list[str]:
 
 
 def _line(stage: str, numbers: dict[str, Any]) -> str:
+    def shown(name: str, digits: str) -> str:
+        return _shown(numbers[name], digits)
+
     if stage == "sft":
-        return f"sft:    held-out loss {numbers['loss_before']:.3f} → {numbers['loss_after']:.3f} nats a token"
+        return f"sft:    held-out loss {shown('loss_before', '.3f')} → {shown('loss_after', '.3f')} nats a token"
     if stage == "reward":
         return (
-            f"reward: held-out pairs ordered right {numbers['pairwise_accuracy']:.1%}, "
-            f"calibration error {numbers['calibration_error']:.3f}"
+            f"reward: held-out pairs ordered right {shown('pairwise_accuracy', '.1%')}, "
+            f"calibration error {shown('calibration_error', '.3f')}"
         )
     gold = ""
     if "gold_score_before" in numbers:
-        gold = f", gold score {numbers['gold_score_before']:.2f} → {numbers['gold_score_after']:.2f}"
+        gold = f", gold score {shown('gold_score_before', '.2f')} → {shown('gold_score_after', '.2f')}"
     return (
-        f"ppo:    score {numbers['score_before']:.2f} → {numbers['score_after']:.2f}{gold}, "
-        f"KL {numbers['kl']:.1f} nats a response, stop rate {numbers['stop_rate']:.1%}"
+        f"ppo:    score {shown('score_before', '.2f')} → {shown('score_after', '.2f')}{gold}, "
+        f"KL {shown('kl', '.1f')} nats a response, stop rate {shown('stop_rate', '.1%')}"
     )
+
+
+def _shown(number: float | None, digits: str) -> str:
+    """The number, or what stands for one that was not finite, which the run folder holds as null."""
+    return "not finite" if number is None else format(number, digits)
 
 
 def _stage_of(folder: Path) -> str:
@@ -91,11 +100,16 @@ def curves_of(folder: Path) -> list[str]:
     rows = _lines(folder / "metrics.jsonl")
     pictures = []
     for name, label in CURVES.items():
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        held_out = [(row["step"], row[twin]) for row in rows if (twin := name.replace("objective/", "eval/")) in row]
+        points = _points(rows, name)
+        held_out = _points(rows, name.replace("objective/", "eval/"))
         if len(points) > 1:
             pictures.append(_picture(label, points, held_out if name.startswith("objective/") else []))
     return pictures
+
+
+def _points(rows: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+    """Steps and values of a metric; a value that was not finite leaves a gap."""
+    return [(row["step"], math.nan if row[name] is None else row[name]) for row in rows if name in row]
 
 
 def _picture(label: str, points: list[tuple[float, float]], held_out: list[tuple[float, float]]) -> str:
@@ -115,17 +129,41 @@ def _picture(label: str, points: list[tuple[float, float]], held_out: list[tuple
     return svg[svg.index("<svg") :]
 
 
-def samples_of(folder: Path) -> list[dict[str, Any]]:
-    """Each held-out prompt with its response before and after the run."""
+def samples_of(folder: Path) -> list[list[tuple[str, str, str]]]:
+    """A row for each held-out sample, as it was before and after the run: cells of (heading, text, numbers)."""
     rows = [row for row in _lines(folder / "samples.jsonl") if row["kind"] == "held-out"]
     if not rows:
         return []
-    first, last = min(row["step"] for row in rows), max(row["step"] for row in rows)
-    before = {row["prompt"]: row for row in rows if row["step"] == first}
-    after = {row["prompt"]: row for row in rows if row["step"] == last}
-    return [
-        {"prompt": prompt, "before": before[prompt], "after": after[prompt]} for prompt in before if prompt in after
+    before, after = ([row for row in rows if row["step"] == step] for step in (rows[0]["step"], rows[-1]["step"]))
+    return [_cells(*sides) for sides in zip(before, after, strict=False)]  # a run cut short may have written fewer
+
+
+def _cells(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str]]:
+    prompt = ("prompt", before["prompt"], "")
+    if "chosen" in before:
+        return [
+            prompt,
+            *(
+                (side, before[side], f"score {_shown(before[score], '.2f')} → {_shown(after[score], '.2f')}")
+                for side, score in (("chosen", "chosen_score"), ("rejected", "rejected_score"))
+            ),
+        ]
+    demonstration = [("demonstration", before["demonstration"], "")] if "demonstration" in before else []
+    sides = [(when, row["response"], _numbers_of(row)) for when, row in (("before", before), ("after", after))]
+    return [prompt, *demonstration, *sides]
+
+
+def _numbers_of(response: dict[str, Any]) -> str:
+    numbers = [
+        f"{label} {_shown(response[name], digits)}{unit}"
+        for name, label, digits, unit in (
+            ("score", "score", ".2f", ""),
+            ("gold_score", "gold", ".2f", ""),
+            ("kl", "KL", ".1f", " nats"),
+        )
+        if name in response
     ]
+    return ", ".join(numbers if response["finished"] else [*numbers, "cut off"])
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

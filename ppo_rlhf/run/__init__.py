@@ -1,12 +1,25 @@
 """Runs on disk and over processes: the only place that knows files and ranks."""
 
 from ppo_rlhf.run.checkpoints import LoopState, write_text
-from ppo_rlhf.run.folder import Run, is_finished, new_folder, read_config, write_config
+from ppo_rlhf.run.folder import (
+    SAMPLES_KEPT,
+    Run,
+    is_finished,
+    new_folder,
+    read_config,
+    refuse_changes,
+    strict_json,
+    write_config,
+)
 from ppo_rlhf.run.processes import end_processes, gathered, is_main_process, make_accelerator, share_of
+from ppo_rlhf.run.start import Start, begin
 
 __all__ = [
+    "SAMPLES_KEPT",
     "LoopState",
     "Run",
+    "Start",
+    "begin",
     "end_processes",
     "gathered",
     "is_finished",
@@ -14,7 +27,9 @@ __all__ = [
     "make_accelerator",
     "new_folder",
     "read_config",
+    "refuse_changes",
     "share_of",
+    "strict_json",
     "write_config",
     "write_text",
 ]

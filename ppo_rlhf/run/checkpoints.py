@@ -11,10 +11,12 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class LoopState:
     before: dict[str, float] = field(default_factory=dict)  # the evaluation before the first step
     after: dict[str, float] = field(default_factory=dict)  # the evaluation of the best model so far
     best: float = -math.inf  # its quality, higher is better
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # where a loop's environments stand
 
 
 @contextmanager
@@ -77,7 +80,10 @@ def save_checkpoint(folder: Path, state: LoopState, accelerator: Accelerator, *,
     accelerator.save_state(str(temporary), safe_serialization=True)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (temporary / "loop.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
+        numbers = asdict(replace(state, tensors={}))
+        (temporary / "loop.json").write_text(json.dumps(numbers), encoding="utf-8")
+        if state.tensors:
+            save_file({name: x.contiguous() for name, x in state.tensors.items()}, temporary / "loop.safetensors")
         manifest = {str(path.relative_to(temporary)): checksum(path) for path in files_of(temporary)}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         seal(temporary)
@@ -96,7 +102,9 @@ def load_checkpoint(folder: Path, accelerator: Accelerator) -> LoopState | None:
     for path in reversed(checkpoints_in(folder)):
         if is_whole(path):
             accelerator.load_state(str(path))
-            return LoopState(**json.loads((path / "loop.json").read_text(encoding="utf-8")))
+            numbers = json.loads((path / "loop.json").read_text(encoding="utf-8"))
+            tensors = path / "loop.safetensors"
+            return LoopState(**{**numbers, "tensors": load_file(tensors) if tensors.exists() else {}})
         accelerator.print(f"checkpoint {path} is damaged; the one before it is used.", file=sys.stderr)
     return None
 

@@ -23,17 +23,10 @@ from ppo_rlhf.errors import UserError
 from ppo_rlhf.run.checkpoints import LoopState, load_checkpoint, replaced_folder, save_checkpoint, write_text
 from ppo_rlhf.run.progress import StepProgress
 
-# What a resumed run may change: how long and how often, not what is trained.
-RESUMABLE = {
-    "output_dir",
-    "resume",
-    "num_steps",
-    "num_epochs",
-    "eval_every",
-    "save_every",
-    "keep_checkpoints",
-    "log_with",
-}
+# What a resumed run may change, for it changes nothing that is trained; and how long it trains, until it is finished.
+HOW_OFTEN = {"output_dir", "resume", "eval_every", "save_every", "keep_checkpoints", "log_with"}
+HOW_LONG = {"num_steps", "num_epochs"}
+SAMPLES_KEPT = 8  # of each evaluation
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
 
 
@@ -75,8 +68,36 @@ def write_config(folder: Path, config: Any) -> None:
     write_text(folder / "config.yaml", settings)
 
 
+def refuse_changes(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], *, prefix: str = "") -> None:
+    """Raises UserError for the first setting in which the folder's run, started with `old`, would train otherwise.
+
+    old: as read from a config.yaml; settings that it lacks count as unchanged. prefix: of the name that is told.
+    """
+    may_change = HOW_OFTEN if is_finished(folder) else HOW_OFTEN | HOW_LONG
+    before = _flat(old)
+    for name, value in _flat(_plain(new)).items():
+        if before.get(name, value) != value and name.split(".")[0] not in may_change:
+            raise UserError(
+                f"{folder} was started with {prefix}{name}={before[name]!r}, not {value!r}: a resumed run keeps what "
+                "it trains. Give another --output-dir for another run."
+            )
+
+
+def strict_json(value: Any, *, indent: int | None = None) -> str:
+    """JSON as any reader takes it: a number that is not finite is null."""
+    return json.dumps(_without_nan(value), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class Run:
-    """One run folder being written. Only the main process writes; every process calls."""
+    """One run folder being written, as a context: `with Run(…) as run:`. Only the main process writes; all call."""
 
     def __init__(
         self, folder: Path, config: Any, *, kind: str, accelerator: Accelerator, num_steps: int, started: float
@@ -89,8 +110,7 @@ class Run:
         self.config = config
         self.accelerator = accelerator
         self._started = started
-        settings = _plain(asdict(config))
-        _refuse_changes(read_config(folder), settings, folder)
+        refuse_changes(folder, read_config(folder) or {}, asdict(config))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
@@ -115,6 +135,10 @@ class Run:
         self._append("metrics.jsonl", [{"step": step, **metrics}])
         self.accelerator.log({name: value for name, value in metrics.items() if math.isfinite(value)}, step=step)
         self.progress.show(step, metrics)
+
+    def log_held_out(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Lines of samples.jsonl: the first few of an evaluation's samples, the same at every evaluation."""
+        self.log_samples([{"step": step, "kind": "held-out", **sample} for sample in samples[:SAMPLES_KEPT]])
 
     def log_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Lines of samples.jsonl, each with its step."""
@@ -148,17 +172,23 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def finish(self, summary: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes summary.json, by which a run is known to be finished; → the summary with this session's `seconds`."""
-        complete = {**summary, "seconds": round(time.monotonic() - self._started, 1)}
-        if self.accelerator.is_main_process:
-            write_text(self.folder / "summary.json", json.dumps(complete, indent=1))
-        self.close()
-        return {**complete, "output_dir": str(self.folder)}
+        """Writes summary.json, by which a run is known to be finished; → what it holds, with this session's `seconds`.
 
-    def close(self) -> None:
-        """Ends progress and trackers, also after an error."""
+        A number that is not finite is None there.
+        """
+        complete = strict_json({**summary, "seconds": round(time.monotonic() - self._started, 1)}, indent=1)
+        if self.accelerator.is_main_process:
+            write_text(self.folder / "summary.json", complete)
+        return {**json.loads(complete), "output_dir": str(self.folder)}
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Ends progress and trackers, also after an error: then without the other processes, which may never come."""
         self.progress.close()
-        self.accelerator.wait_for_everyone()
+        if error is None:
+            self.accelerator.wait_for_everyone()
         # Not end_training, which ends the process group as well, and with it the next stage of a pipeline.
         for tracker in self.accelerator.trackers:
             tracker.finish()
@@ -166,17 +196,7 @@ class Run:
     def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         if self.accelerator.is_main_process and rows:
             with (self.folder / name).open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def _refuse_changes(old: dict[str, Any] | None, new: dict[str, Any], folder: Path) -> None:
-    for name, value in _flat(new).items():
-        before = _flat(old).get(name, value) if old else value
-        if before != value and name.split(".")[0] not in RESUMABLE:
-            raise UserError(
-                f"{folder} was started with {name}={before!r}, not {value!r}: a resumed run keeps what it trains. "
-                "Give another --output-dir for another run."
-            )
+                file.writelines(strict_json(row) + "\n" for row in rows)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

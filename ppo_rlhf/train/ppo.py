@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_rlhf.config import MissingEOS, PPOConfig
 from ppo_rlhf.core import (
@@ -26,7 +25,7 @@ from ppo_rlhf.data import stream
 from ppo_rlhf.optimizer import learning_rate, make_optimizer, set_learning_rate
 from ppo_rlhf.rewards import RewardFunction, score
 from ppo_rlhf.rollout import Rollout, evaluate
-from ppo_rlhf.run import LoopState, Run, is_finished, make_accelerator, new_folder, share_of
+from ppo_rlhf.run import LoopState, Run, begin, share_of
 from ppo_rlhf.sampling import sample, warn_of_truncation
 from ppo_rlhf.seeding import keyed_generator, uniform_rows
 from ppo_rlhf.train import Callback
@@ -54,39 +53,36 @@ def train(
 
     Raises UserError for what is wrong with the configuration, the data, or what the reward function returns.
     """
-    started = time.monotonic()
-    folder = new_folder(config.output_dir, "ppo", resume=config.resume)
-    if is_finished(folder):
-        return {"finished": str(folder)}
-    accelerator = make_accelerator(folder, precision=config.precision, log_with=config.log_with)
-    set_seed(config.seed)
+    start = begin(config, "ppo")
+    if start is None:
+        return {"finished": config.output_dir}
     warn_of_truncation(config.sampling)
+    accelerator = start.accelerator
     parts = load_parts(config, accelerator, policy, tokenizer, reference, reward, gold, prompts)
     # Before the folder is made: a reward function that fails leaves nothing behind.
     before = None if config.resume else evaluate_held_out(parts, config, accelerator)
     model, optimizer = accelerator.prepare(parts.model, make_optimizer(parts.model, config.optimizer))
-    run = Run(folder, config, kind="ppo", accelerator=accelerator, num_steps=config.num_steps, started=started)
-    state = run.resume()
-    if state is None:
-        before = before or evaluate_held_out(parts, config, accelerator)
-        state = LoopState(kl_coef=config.kl_coef, before=before.metrics)
-        run.log(0, before.metrics)
-        run.log_samples(before.sample_rows(0))
+    with start.run(num_steps=config.num_steps) as run:
+        state = run.resume()
+        if state is None:
+            before = before or evaluate_held_out(parts, config, accelerator)
+            state = LoopState(kl_coef=config.kl_coef, before=before.metrics)
+            run.log(0, before.metrics)
+            run.log_held_out(0, before.rows)
 
-    while state.step < config.num_steps:
-        clock = Clock()
-        set_learning_rate(optimizer, learning_rate(config.optimizer, state.step, config.num_steps))
-        metrics, samples = ppo_step(state, model, optimizer, parts, config, accelerator, clock)
-        run.log_samples(samples)
-        state = replace(
-            state, step=state.step + 1, kl_coef=next_kl_coef(state.kl_coef, metrics["objective/kl"], config)
-        )
-        state = evaluate_and_save(run, state, metrics, parts, config)
-        for callback in callbacks:
-            callback(state.step, metrics)
+        while state.step < config.num_steps:
+            clock = Clock()
+            set_learning_rate(optimizer, learning_rate(config.optimizer, state.step, config.num_steps))
+            metrics, samples = ppo_step(state, model, optimizer, parts, config, accelerator, clock)
+            run.log_samples(samples)
+            kl_coef = next_kl_coef(state.kl_coef, metrics["objective/kl"], config)
+            state = replace(state, step=state.step + 1, kl_coef=kl_coef)
+            state = evaluate_and_save(run, state, metrics, parts, config)
+            for callback in callbacks:
+                callback(state.step, metrics)
 
-    run.save_model("policy", lambda path: parts.save_policy(path, config))
-    return run.finish(summary_of(state.before, state.after))
+        run.save_model("policy", lambda path: parts.save_policy(path, config))
+        return run.finish(summary_of(state.before, state.after))
 
 
 def ppo_step(
@@ -188,7 +184,7 @@ def evaluate_and_save(
     if last or (config.eval_every and state.step % config.eval_every == 0):
         outcome = evaluate_held_out(parts, config, run.accelerator)
         metrics |= outcome.metrics
-        run.log_samples(outcome.sample_rows(state.step))
+        run.log_held_out(state.step, outcome.rows)
         state = replace(state, after=outcome.metrics)
         if outcome.quality > state.best:
             state = replace(state, best=outcome.quality)

@@ -20,7 +20,6 @@ from ppo_rlhf.seeding import uniform_rows
 from ppo_rlhf.train.ppo_parts import Parts
 
 NUM_BIGRAMS = 3000  # of distinct_2, so that it compares samples of different lengths at equal counts
-SAMPLES_KEPT = 8
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,6 @@ class Outcome:
     metrics: dict[str, float]  # eval/…
     rows: list[dict[str, Any]]  # a response each, in the order of the prompts
     quality: float  # what the best policy maximises: score − β·KL, with the β that the run starts with
-
-    def sample_rows(self, step: int) -> list[dict[str, Any]]:
-        """Rows for samples.jsonl: the first few prompts, the same at every evaluation."""
-        return [{"step": step, "kind": "held-out", **row} for row in self.rows[:SAMPLES_KEPT]]
 
 
 @torch.no_grad()

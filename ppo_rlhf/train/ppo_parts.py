@@ -14,11 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppo_rlhf.config import PPOConfig
 from ppo_rlhf.data import held_out, load_rows
 from ppo_rlhf.errors import UserError
-from ppo_rlhf.models import context_length, disable_dropout, frozen_copy, load_policy, save_policy, tokenizer_with_pad
+from ppo_rlhf.models import context_length, disable_dropout, frozen_copy, load_policy, save_policy
 from ppo_rlhf.policy import PolicyWithValue, TokenValues
 from ppo_rlhf.prompts import Prompts
 from ppo_rlhf.rewards import RewardFunction, RewardModel, load_reward
 from ppo_rlhf.sampling import stop_ids_of
+from ppo_rlhf.train.inputs import named, policy_with_tokenizer
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,7 @@ def load_parts(
             f"batch_size={config.batch_size} does not divide between {accelerator.num_processes} processes × "
             f"ppo.num_minibatches={config.ppo.num_minibatches}."
         )
-    if policy is None or tokenizer is None:
-        source = _given(config.policy, "policy", "the supervised policy to start from")
-        policy, tokenizer = load_policy(source, setting="policy", trust_remote_code=config.trust_remote_code)
-    else:
-        tokenizer = tokenizer_with_pad(policy, tokenizer, setting="tokenizer")
+    policy, tokenizer = policy_with_tokenizer(config, policy, tokenizer, what="the supervised policy to start from")
     policy.to(accelerator.device)
     disable_dropout(policy)
     if reference is None:
@@ -74,7 +71,7 @@ def load_parts(
             start, _ = load_policy(config.reference, setting="reference", trust_remote_code=trusted)
         reference = frozen_copy(start)
     if reward is None:
-        source = _given(config.reward, "reward", "a reward model's folder, or module:function")
+        source = named(config.reward, "reward", "a reward model's folder, or module:function")
         reward = load_reward(source, setting="reward", device=accelerator.device)
     if gold is None and config.gold is not None:
         gold = load_reward(config.gold, setting="gold", device=accelerator.device)
@@ -87,7 +84,7 @@ def load_parts(
         differentiable_entropy=config.ppo.entropy_coef != 0,
     )
     if config.gradient_checkpointing:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.checkpoint_activations()
     model.to(accelerator.device).train()  # dropout is 0; gradient checkpointing acts in this mode alone
     return Parts(
         model=model,
@@ -131,7 +128,7 @@ def load_prompts(
     longest: int,
 ) -> tuple[Prompts, Prompts]:
     """Prompts to train on and held-out ones."""
-    source = prompts if prompts is not None else _given(config.prompts, "prompts", "rows with a column `prompt`")
+    source = prompts if prompts is not None else named(config.prompts, "prompts", "rows with a column `prompt`")
     rows = load_rows(source, required=("prompt",), setting="prompts")
     if config.eval_prompts is None:
         rows, eval_rows = held_out(rows, config.eval_fraction, config.seed, setting="eval_fraction")
@@ -148,9 +145,3 @@ def load_prompts(
         Prompts(rows, tokenizer, longest=longest, setting="prompts"),
         Prompts(eval_rows[: config.max_eval_prompts], tokenizer, longest=longest, setting="eval_prompts"),
     )
-
-
-def _given(value: str | None, name: str, what: str) -> str:
-    if value is None:
-        raise UserError(f"{name} is not set: {what}.")
-    return value

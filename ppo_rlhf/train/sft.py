@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_rlhf.config import SFTConfig
 from ppo_rlhf.core import logprobs_of, masked_mean, masked_sum
-from ppo_rlhf.data import held_out, load_rows, text_column
+from ppo_rlhf.data import text_column
 from ppo_rlhf.errors import UserError
-from ppo_rlhf.models import (
-    context_length,
-    evaluating,
-    load_policy,
-    model_inputs,
-    right_padded,
-    save_policy,
-    tokenizer_with_pad,
-)
-from ppo_rlhf.run import Run, is_finished, make_accelerator, new_folder, share_of
+from ppo_rlhf.models import context_length, evaluating, model_inputs, right_padded, save_policy
+from ppo_rlhf.prompts import Prompts
+from ppo_rlhf.run import SAMPLES_KEPT, begin, share_of
+from ppo_rlhf.sampling import sample
+from ppo_rlhf.seeding import uniform_rows
+from ppo_rlhf.settings import SamplingSettings
 from ppo_rlhf.train import Callback
-from ppo_rlhf.train.supervised import Task, fit, num_steps_of
+from ppo_rlhf.train.inputs import policy_with_tokenizer, training_and_held_out
+from ppo_rlhf.train.supervised import HeldOut, Task, fit, num_steps_of
 
 EVAL_BATCH = 64  # examples of one forward in evaluation
 
@@ -52,45 +49,30 @@ def train(
     policy with tokenizer, data: objects that take the place of the configuration's names. The loss of a step is a mean
     over the tokens of its whole batch. Raises UserError for what is wrong with the configuration or the data.
     """
-    started = time.monotonic()
-    folder = new_folder(config.output_dir, "sft", resume=config.resume)
-    if is_finished(folder):
-        return {"finished": str(folder)}
-    accelerator = make_accelerator(folder, precision=config.precision, log_with=config.log_with)
-    set_seed(config.seed)
-    if policy is None or tokenizer is None:
-        policy, tokenizer = load_policy(config.policy, setting="policy", trust_remote_code=config.trust_remote_code)
-    else:
-        tokenizer = tokenizer_with_pad(policy, tokenizer, setting="tokenizer")
-    rows = load_rows(data if data is not None else _required(config.data), required=(), setting="data")
-    if config.eval_data is None:
-        rows, eval_rows = held_out(rows, config.eval_fraction, config.seed, setting="eval_fraction")
-    else:
-        eval_rows = load_rows(config.eval_data, required=(), setting="eval_data")
+    start = begin(config, "sft")
+    if start is None:
+        return {"finished": config.output_dir}
+    accelerator = start.accelerator
+    policy, tokenizer = policy_with_tokenizer(config, policy, tokenizer, what="the language model to start from")
+    rows, eval_rows = training_and_held_out(
+        config, data, required=(), what="demonstrations with `prompt` and `completion`, or `text`"
+    )
     longest = min(config.max_length or 2**31, context_length(policy))
     demonstrations, num_cut = encode(rows, tokenizer, longest=longest, cut=config.max_length is not None)
     eval_demonstrations, _ = encode(eval_rows, tokenizer, longest=longest, cut=config.max_length is not None)
     num_steps = num_steps_of(config, len(demonstrations), accelerator)
-
     policy.to(accelerator.device)
-    run = Run(folder, config, kind="sft", accelerator=accelerator, num_steps=num_steps, started=started)
-    if num_cut:
-        run.progress.tell(f"{num_cut} of {len(demonstrations)} demonstrations were cut to max_length={longest} tokens.")
 
     def loss(module: nn.Module, batch: Sequence[int], count: Tensor) -> Tensor:
         logprobs, learnt = completion_logprobs(module, [demonstrations[row] for row in batch], accelerator.device)
         return masked_mean(-logprobs, learnt, count=count)
 
-    @torch.no_grad()
-    def evaluate(module: nn.Module) -> dict[str, float]:
-        mine = eval_demonstrations[share_of(len(eval_demonstrations), accelerator)]
-        totals = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-        with evaluating(module), accelerator.autocast():
-            for start in range(0, len(mine), EVAL_BATCH):
-                logprobs, learnt = completion_logprobs(module, mine[start : start + EVAL_BATCH], accelerator.device)
-                totals += torch.stack([masked_sum(-logprobs.double(), learnt), learnt.sum().double()])
-        nll, tokens = accelerator.reduce(totals).tolist()
-        return {"eval/loss": nll / tokens}
+    def evaluate() -> HeldOut:
+        with evaluating(policy), accelerator.autocast():
+            return HeldOut(
+                {"eval/loss": held_out_loss(policy, eval_demonstrations, accelerator)},
+                responses_beside(eval_rows[:SAMPLES_KEPT], policy, tokenizer, longest=longest, seed=config.seed),
+            )
 
     task = Task(
         lengths=[len(demonstration.ids) for demonstration in demonstrations],
@@ -98,11 +80,51 @@ def train(
         loss=loss,
         evaluate=evaluate,
         quality=lambda metrics: -metrics["eval/loss"],
-        save=lambda _, path: save_policy(policy, tokenizer, path),
+        save=lambda folder: save_policy(policy, tokenizer, folder),
     )
-    state = fit(policy, task, config, config.optimizer, run, num_steps=num_steps, callbacks=callbacks)
-    run.promote("best", "policy")
-    return run.finish({"loss_before": state.before["eval/loss"], "loss_after": state.after["eval/loss"]})
+    with start.run(num_steps=num_steps) as run:
+        if num_cut:
+            run.progress.tell(
+                f"{num_cut} of {len(demonstrations)} demonstrations were cut to max_length={longest} tokens."
+            )
+        state = fit(policy, task, config, config.optimizer, run, num_steps=num_steps, callbacks=callbacks)
+        run.promote("best", "policy")
+        return run.finish({"loss_before": state.before["eval/loss"], "loss_after": state.after["eval/loss"]})
+
+
+@torch.no_grad()
+def held_out_loss(module: nn.Module, demonstrations: Sequence[Demonstration], accelerator: Accelerator) -> float:
+    """Mean cross-entropy over all learnt tokens of all processes, in nats."""
+    mine = demonstrations[share_of(len(demonstrations), accelerator)]
+    totals = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    for start in range(0, len(mine), EVAL_BATCH):
+        logprobs, learnt = completion_logprobs(module, mine[start : start + EVAL_BATCH], accelerator.device)
+        totals += torch.stack([masked_sum(-logprobs.double(), learnt), learnt.sum().double()])
+    nll, tokens = accelerator.reduce(totals).tolist()
+    return nll / tokens
+
+
+def responses_beside(
+    rows: Sequence[dict[str, Any]],
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    longest: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """A response of the policy beside each demonstration, by the same noise at every call; none of plain texts."""
+    if "completion" not in rows[0]:
+        return []
+    prompts = Prompts(rows, tokenizer, longest=longest - 1, setting="data")
+    room = longest - max(map(len, prompts.ids))
+    settings = SamplingSettings(max_new_tokens=min(SamplingSettings.max_new_tokens, room))
+    numbers = list(range(len(rows)))
+    noise = uniform_rows(numbers, settings.max_new_tokens, seed, "beside demonstrations")
+    responses = sample(policy, tokenizer, prompts.batch(numbers, policy.device), settings, noise)
+    return [
+        {"prompt": row["prompt"], "demonstration": row["completion"], "response": response, "finished": finished}
+        for row, response, finished in zip(rows, responses.texts, responses.finished.tolist(), strict=True)
+    ]
 
 
 def encode(
@@ -148,9 +170,3 @@ def completion_logprobs(
     steps = ids.shape[1] - int(starts.min())  # the head runs on positions that predict a completion alone
     output = module(**model_inputs(module, ids, mask), use_cache=False, logits_to_keep=steps + 1)
     return logprobs_of(output.logits[:, -steps - 1 : -1], ids[:, -steps:]), learnt[:, -steps:]
-
-
-def _required(data: str | None) -> str:
-    if data is None:
-        raise UserError("data is not set: demonstrations with `prompt` and `completion`, or `text`.")
-    return data

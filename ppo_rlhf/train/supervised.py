@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,15 +25,23 @@ WINDOW = 16  # batches whose examples are sorted by length together, so that a b
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """One evaluation on held-out data."""
+
+    metrics: dict[str, float]  # eval/…
+    samples: list[dict[str, Any]]  # of the first few examples, for samples.jsonl
+
+
+@dataclass(frozen=True)
 class Task:
     """What a supervised stage optimises, as functions of row numbers of its training data."""
 
     lengths: Sequence[int]  # tokens of each training example
     weight: Callable[[Sequence[int]], float]  # what a batch's loss is divided by: its tokens, or its rankings
     loss: Callable[[nn.Module, Sequence[int], Tensor], Tensor]  # (module, rows, count) → Σ of losses ÷ count
-    evaluate: Callable[[nn.Module], dict[str, float]]  # held-out metrics by name, over all processes
+    evaluate: Callable[[], HeldOut]  # over all processes
     quality: Callable[[dict[str, float]], float]  # of held-out metrics: higher is better
-    save: Callable[[nn.Module, Path], None]  # writes the unwrapped module as a folder that transformers loads
+    save: Callable[[Path], None]  # writes the model as a folder that transformers loads
 
 
 def num_steps_of(config: SupervisedConfig, num_examples: int, accelerator: Accelerator) -> int:
@@ -70,8 +79,10 @@ def fit(
     wrapped, optimizer = accelerator.prepare(module, optimizer)
     state = run.resume()
     if state is None:
-        state = LoopState(before=task.evaluate(module))
-        run.log(0, state.before)
+        before = task.evaluate()
+        state = LoopState(before=before.metrics)
+        run.log(0, before.metrics)
+        run.log_held_out(0, before.samples)
 
     while state.step < num_steps:
         set_learning_rate(optimizer, learning_rate(optimizer_settings, state.step, num_steps))
@@ -82,12 +93,13 @@ def fit(
         last = state.step == num_steps
         metrics |= {"lr": learning_rate(optimizer_settings, state.step - 1, num_steps)}
         if last or (config.eval_every and state.step % config.eval_every == 0):
-            evaluation = task.evaluate(module)
-            metrics |= evaluation
-            quality = task.quality(evaluation)
+            held_out = task.evaluate()
+            metrics |= held_out.metrics
+            run.log_held_out(state.step, held_out.samples)
+            quality = task.quality(held_out.metrics)
             if quality > state.best or not config.keep_best or not state.after:
-                state = replace(state, best=quality, after=evaluation)
-                run.save_model("best", lambda folder: task.save(module, folder))
+                state = replace(state, best=quality, after=held_out.metrics)
+                run.save_model("best", task.save)
         run.log(state.step, metrics)
         if last or (config.save_every and state.step % config.save_every == 0):
             run.save_checkpoint(state)

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import language_cases as cases
 import pytest
-import torch
+import tiny_models
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread():
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(params=sorted(cases.ARCHITECTURES))
+@pytest.fixture(params=sorted(tiny_models.ARCHITECTURES))
 def architecture(request):
     """The name of each model family in turn."""
     return request.param

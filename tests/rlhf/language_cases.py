@@ -1,24 +1,12 @@
-"""Tiny models, a tokenizer, and slow plain computations that the tests compare with."""
+"""Models and tokenizers of the language side, and slow plain computations that the tests compare with."""
 
 from __future__ import annotations
 
 import copy
-from functools import cache
 
+import tiny_models
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 
 from ppo_rlhf.policy import PolicyWithValue, TokenValues
 from ppo_rlhf.prompts import Prompts
@@ -26,7 +14,6 @@ from ppo_rlhf.sampling import Responses
 
 VOCABULARY = 64
 CONTEXT = 48
-EOS, PAD = "<|endoftext|>", "<|pad|>"  # the name that Qwen2Tokenizer adds where it is missing
 SENTENCES = [
     "the cat sat on the mat. ",
     "a dog ran to the park, and the cat did not. ",
@@ -37,99 +24,15 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz.,?!Ġ"
 TEXTS = ["the cat", "a dog ran to the park", "why", "the sea is so blue, and"]
 
 
-def _gpt2(dropout):
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCABULARY,
-            n_positions=CONTEXT,
-            n_embd=16,
-            n_layer=2,
-            n_head=2,
-            resid_pdrop=dropout,
-            embd_pdrop=dropout,
-            attn_pdrop=dropout,
-            initializer_range=0.3,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
-
-
-def _llama_like(config_class, model_class, dropout):
-    return model_class(
-        config_class(
-            vocab_size=VOCABULARY,
-            max_position_embeddings=CONTEXT,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            attention_dropout=dropout,
-            initializer_range=0.3,
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=None,
-            tie_word_embeddings=False,
-        )
-    )
-
-
-def _gpt_neox(dropout):
-    return GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            vocab_size=VOCABULARY,
-            max_position_embeddings=CONTEXT,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            attention_dropout=dropout,
-            hidden_dropout=dropout,
-            initializer_range=0.3,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
-
-
-ARCHITECTURES = {
-    "gpt2": _gpt2,
-    "llama": lambda dropout: _llama_like(LlamaConfig, LlamaForCausalLM, dropout),
-    "qwen2": lambda dropout: _llama_like(Qwen2Config, Qwen2ForCausalLM, dropout),
-    "gpt_neox": _gpt_neox,
-}
-
-
-def make_model(architecture="gpt2", *, seed=0, dropout=0.0):
-    """A causal language model of some thousand random weights, far enough from uniform to tell tokens apart."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return ARCHITECTURES[architecture](dropout).eval()
-
-
-@cache
-def _trained(specials):
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=list(specials), initial_alphabet=list(LETTERS), show_progress=False
-    )
-    bpe.train_from_iterator(SENTENCES, trainer)
-    return bpe.to_str()
+def make_model(architecture="gpt2", **options):
+    """A model far enough from uniform to tell tokens apart."""
+    return tiny_models.make_model(architecture, vocabulary=VOCABULARY, context=CONTEXT, spread=0.3, **options)
 
 
 def make_tokenizer(*, pad_is_eos=False):
     """Byte-level BPE over lower-case text: eos is id 0; pad is eos as well, or id 1."""
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_trained((EOS,) if pad_is_eos else (EOS, PAD))),
-        bos_token=EOS,
-        eos_token=EOS,
-        pad_token=EOS if pad_is_eos else PAD,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
+    pad = tiny_models.EOS if pad_is_eos else tiny_models.PAD
+    return tiny_models.make_tokenizer(SENTENCES, size=VOCABULARY, alphabet=LETTERS, pad=pad)
 
 
 def prompt_batch(tokenizer, texts=TEXTS):

@@ -8,6 +8,7 @@ import language_cases as cases
 import pytest
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ppo_rlhf.models import disable_dropout, frozen_copy
 from ppo_rlhf.policy import PolicyWithValue, TokenValues, response_logprobs
@@ -223,3 +224,29 @@ def test_a_value_model_with_a_zero_head_says_zero(architecture):
     values = TokenValues(cases.make_model(architecture).base_model, head)
     ids, mask = torch.tensor([[5, 9, 12]]), torch.ones(1, 3, dtype=torch.bool)
     assert (values(ids, mask) == 0).all()
+
+
+@pytest.mark.parametrize("separate", [False, True], ids=["shared value head", "separate value model"])
+def test_checkpointed_activations_are_computed_twice_and_give_the_same_gradients(architecture, separate):
+    inputs = cases.inputs_of()
+    gradients, forwards = [], []
+    for checkpointed in (False, True):
+        policy = cases.make_policy(architecture, separate=separate).train()
+        if checkpointed:
+            policy.checkpoint_activations()
+        trunks = [policy.language_model, *([policy.value_model.trunk] if separate else [])]
+        counts = [[] for _ in trunks]
+        for trunk, count in zip(trunks, counts, strict=True):
+            layer = next(module for module in trunk.modules() if isinstance(module, GradientCheckpointingLayer))
+            first = next(module for module in layer.modules() if not list(module.children()))
+            first.register_forward_hook(lambda *_, count=count: count.append(1))
+        evaluation = policy(**inputs)
+        torch.where(inputs["response_mask"], evaluation.logprobs + evaluation.values, 0).sum().backward()
+        gradients.append({name: p.grad for name, p in policy.named_parameters() if p.grad is not None})
+        forwards.append([len(count) for count in counts])
+    without, with_checkpoints = gradients
+    assert without.keys() == with_checkpoints.keys()
+    assert any(name.startswith("value_") for name in without)
+    for name, gradient in without.items():
+        torch.testing.assert_close(with_checkpoints[name], gradient, rtol=0, atol=1e-6)
+    assert forwards == [[1] * len(trunks), [2] * len(trunks)]

@@ -306,6 +306,17 @@ def test_a_runs_reference_is_the_policy_as_it_starts_on_storage_of_its_own(accel
     assert parts.model.training
 
 
+@pytest.mark.parametrize("value_model", ["shared", "separate"])
+@pytest.mark.filterwarnings("error")  # transformers deprecates one of its two calls for it
+def test_gradient_checkpointing_reaches_all_that_is_trained_and_not_the_reference(value_model, accelerator):
+    parts = parts_of(accelerator, gradient_checkpointing=True, value_model=value_model)
+    trained = [parts.model.language_model]
+    if value_model == "separate":
+        trained.append(parts.model.value_model.trunk)
+    assert all(model.is_activation_checkpointing for model in trained)
+    assert not parts.reference.is_activation_checkpointing
+
+
 def test_a_pad_that_was_eos_is_told_apart_in_policy_and_reference_alike(accelerator):
     parts = parts_of(accelerator, pad_is_eos=True)
     assert parts.tokenizer.pad_token_id != parts.tokenizer.eos_token_id

@@ -13,15 +13,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.models import right_padded, tokenizer_with_pad
 from ppo_rlhf.rewards import RewardModel, ScoringNetwork, load_reward, score
-from ppo_rlhf.train.reward_model import (
+from ppo_rlhf.train.rankings import pair_tensors, rankings_of
+from ppo_rlhf.train.reward_evaluation import (
     accuracy_of,
     calibration_error,
-    classifier_from,
     gold_pairs,
     held_out_metrics,
-    pair_tensors,
-    rankings_of,
 )
+from ppo_rlhf.train.reward_model import classifier_from
 
 PROMPTS = ["the cat", "why is the sea", "a", "a dog ran"]
 RESPONSES = [" sat on the mat.", " so blue? go!", " dog", "!"]

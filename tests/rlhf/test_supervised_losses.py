@@ -10,7 +10,8 @@ from ppo_rlhf.core import bradley_terry_loss, masked_mean
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.models import right_padded
 from ppo_rlhf.rewards import ScoringNetwork
-from ppo_rlhf.train.reward_model import ComparisonModule, classifier_from, pair_tensors, rankings_of
+from ppo_rlhf.train.rankings import pair_tensors, rankings_of
+from ppo_rlhf.train.reward_model import ComparisonModule, classifier_from
 from ppo_rlhf.train.sft import Demonstration, completion_logprobs, encode
 
 ROWS = [

@@ -123,8 +123,8 @@ def test_a_resumed_run_ends_bit_for_bit_where_the_uninterrupted_one_ends(stage, 
     assert without_times(metrics_of("resumed")) == without_times(metrics_of("whole"))
     assert same_weights(f"resumed/{model}", f"whole/{model}")
     assert without_seconds(resumed) == without_seconds(whole)
+    assert Path("resumed/samples.jsonl").read_bytes() == Path("whole/samples.jsonl").read_bytes()
     if stage == "ppo":
-        assert Path("resumed/samples.jsonl").read_bytes() == Path("whole/samples.jsonl").read_bytes()
         coefs = {row["kl_coef"] for row in metrics_of("whole") if "kl_coef" in row}
         assert len(coefs) == 6  # the adapted coefficient was part of what had to be resumed
 
@@ -141,9 +141,8 @@ def test_a_run_interrupted_before_its_first_checkpoint_starts_again_and_logs_no_
             module.train(config)
     module.train(replace(config, resume=True))
     assert steps_of("out") == list(range(LINES[stage]))
-    if stage == "ppo":
-        rows = [(row["step"], row["kind"], row["prompt"]) for row in tiny_runs.jsonl("out/samples.jsonl")]
-        assert len(rows) == len(set(rows))
+    rows = [(row["step"], row["kind"], row["prompt"]) for row in tiny_runs.jsonl("out/samples.jsonl")]
+    assert len(rows) == len(set(rows))
 
 
 def test_a_killed_process_is_resumed_bit_for_bit(models, data):
@@ -316,7 +315,9 @@ def test_a_run_that_ended_between_its_last_step_and_its_summary_is_finished_by_r
         assert all(weights[name].equal(value) for name, value in tiny_runs.weights_of(f"{stage}/{model}").items())
 
 
-def test_a_pipeline_that_was_interrupted_skips_its_finished_stages(models, data, monkeypatch, capfd):
+@pytest.fixture
+def cut_pipeline(models, data, monkeypatch):
+    """A pipeline in `out` that ended in its reward stage; → its configuration, to be resumed."""
     config = PipelineConfig(
         output_dir="out",
         sft=replace(sft_config(models, data), num_epochs=0.5),
@@ -330,25 +331,67 @@ def test_a_pipeline_that_was_interrupted_skips_its_finished_stages(models, data,
         train = reward_model.train
 
         def cut(*arguments, **options):
-            interrupt(patch, 3)
+            interrupt(patch, 2)
             return train(*arguments, **options)
 
         patch.setattr(reward_model, "train", cut)
         with pytest.raises(PowerCut):
             pipeline.run(config)
+    return replace(config, resume=True)
+
+
+def test_a_pipeline_that_was_interrupted_skips_its_finished_stages(cut_pipeline, capfd):
     judged = Path("out/comparisons.jsonl").read_bytes()
     finished = {path: path.stat().st_mtime_ns for path in Path("out/sft").rglob("*")}
-    resumed = pipeline.run(replace(config, resume=True))
+    resumed = pipeline.run(cut_pipeline)
     assert {path: path.stat().st_mtime_ns for path in Path("out/sft").rglob("*")} == finished
     assert Path("out/comparisons.jsonl").read_bytes() == judged
 
-    whole = pipeline.run(replace(config, output_dir="whole"))
+    whole = pipeline.run(replace(cut_pipeline, output_dir="whole"))
     assert Path("whole/comparisons.jsonl").read_bytes() == judged
     assert same_weights("out/ppo/policy", "whole/ppo/policy")
     assert resumed["ppo"] == whole["ppo"]
     capfd.readouterr()
     assert main(["pipeline", "--resume", "--output-dir", "out"]) == 0
     assert "finished already" in capfd.readouterr().out
+
+
+CHANGES_TOO_LATE = {
+    "a setting of a finished stage": ("sft.optimizer.lr", "0.01, not 0.5", "--sft.optimizer.lr 0.5"),
+    "the length of a finished stage": ("sft.num_epochs", "0.5, not 2.0", "--sft.num-epochs 2"),
+    "a setting of a stage that was begun": ("reward.batch_size", "4, not 8", "--reward.batch_size 8"),
+    "a setting of the comparisons that were made": (
+        "comparisons.num_prompts",
+        "12, not 9",
+        "--comparisons.num_prompts=9",
+    ),
+    "the seed": ("seed", "0, not 1", "--seed 1"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_TOO_LATE)
+def test_a_resumed_pipeline_refuses_by_name_what_would_change_a_stage_that_was_run(change, cut_pipeline, capfd):
+    name, values, words = CHANGES_TOO_LATE[change]
+    before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    capfd.readouterr()
+    assert main(["pipeline", "--resume", "--output-dir", "out", *words.split()]) == 2
+    told = capfd.readouterr().err
+    assert len(told.splitlines()) == 1
+    assert f"was started with {name}={values}: " in told
+    assert before == {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+
+
+def test_a_resumed_pipeline_may_change_a_stage_that_was_not_begun(cut_pipeline):
+    words = "--ppo.kl_coef 0.1 --ppo.num_steps 1 --reward.num_epochs 0.5 --sft.keep_checkpoints 1"
+    assert main(["pipeline", "--resume", "--output-dir", "out", *words.split()]) == 0
+    assert tiny_runs.settings_of("out/ppo")["kl_coef"] == 0.1
+    assert steps_of("out/ppo") == [0, 1]
+
+
+def test_a_finished_pipeline_refuses_other_settings_too(cut_pipeline, capfd):
+    pipeline.run(cut_pipeline)
+    assert main(["pipeline", "--resume", "--output-dir", "out", "--ppo.num_steps", "5"]) == 2
+    assert "out/ppo was started with ppo.num_steps=3, not 5: " in capfd.readouterr().err
 
 
 def test_a_pipeline_interrupted_in_its_first_stage_is_resumed_by_its_folder_alone(models, data, monkeypatch):

@@ -1,9 +1,12 @@
 """Files of a run are written whole or not at all."""
 
+import contextlib
+import math
 import os
 from pathlib import Path
 
 import pytest
+import tiny_runs
 from accelerate import Accelerator
 from torch import nn
 
@@ -132,19 +135,63 @@ def test_a_configuration_is_read_as_it_was_written(tmp_path):
     assert read_config(tmp_path / "nowhere") is None
 
 
-def test_what_was_logged_after_the_checkpoint_is_forgotten_also_a_line_cut_in_half(tmp_path, accelerator):
-    def run_in(folder):
-        config = SFTConfig(output_dir=str(folder), log_with=())
-        return Run(folder, config, kind="sft", accelerator=accelerator, num_steps=9, started=0.0)
+def run_in(folder, accelerator):
+    config = SFTConfig(output_dir=str(folder), log_with=())
+    return Run(folder, config, kind="sft", accelerator=accelerator, num_steps=9, started=0.0)
 
-    run = run_in(tmp_path / "out")
+
+def test_a_number_that_is_not_finite_is_null_in_every_file_of_a_run(tmp_path, accelerator):
+    with run_in(tmp_path / "out", accelerator) as run:
+        run.log(1, {"loss": math.nan, "grad_norm": math.inf, "lr": 0.5})
+        run.log_samples([{"step": 1, "kind": "rollout", "prompt": "é", "values": [1.0, -math.inf, (math.nan, 2)]}])
+        summary = run.finish({"loss_after": math.nan, "loss_before": 3.0})
+    assert (tmp_path / "out" / "metrics.jsonl").read_text() == (
+        '{"step": 1, "loss": null, "grad_norm": null, "lr": 0.5}\n'
+    )
+    assert tiny_runs.jsonl(tmp_path / "out" / "samples.jsonl") == [
+        {"step": 1, "kind": "rollout", "prompt": "é", "values": [1.0, None, [None, 2]]}
+    ]
+    written = tiny_runs.strict((tmp_path / "out" / "summary.json").read_text())
+    assert written == {"loss_after": None, "loss_before": 3.0, "seconds": written["seconds"]}
+    assert summary == written | {"output_dir": str(tmp_path / "out")}
+
+
+class Tracker:
+    """Remembers whether it was ended."""
+
+    finished = False
+
+    def log(self, values, step):
+        """Takes no note."""
+
+    def finish(self):
+        self.finished = True
+
+
+@pytest.mark.parametrize("failing", [False, True], ids=["at its end", "by an error"])
+def test_a_run_that_is_left_ends_its_progress_and_its_trackers(failing, tmp_path, accelerator, monkeypatch):
+    tracker, waits = Tracker(), []
+    monkeypatch.setattr(accelerator, "trackers", [tracker])
+    closed = []
+    with contextlib.suppress(KeyError), run_in(tmp_path / "out", accelerator) as run:
+        monkeypatch.setattr(run.progress, "close", lambda: closed.append(True))
+        monkeypatch.setattr(accelerator, "wait_for_everyone", lambda: waits.append(True))
+        if failing:
+            raise KeyError
+    assert tracker.finished
+    assert closed
+    assert bool(waits) is not failing  # after an error the others may never come
+
+
+def test_what_was_logged_after_the_checkpoint_is_forgotten_also_a_line_cut_in_half(tmp_path, accelerator):
+    run = run_in(tmp_path / "out", accelerator)
     run.log(0, {"loss": 3.0})
     run.log(1, {"loss": 2.0})
     run.save_checkpoint(LoopState(step=1))
     run.log(2, {"loss": 1.0})
     with (tmp_path / "out" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
-    again = run_in(tmp_path / "out")
+    again = run_in(tmp_path / "out", accelerator)
     assert again.resume() == LoopState(step=1)
     again.log(2, {"loss": 1.5})
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()

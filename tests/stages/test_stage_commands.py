@@ -1,6 +1,7 @@
 """The stages as a user runs them: commands, files, and what they leave in the run folder."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -127,8 +128,16 @@ def test_the_commands_tell_their_progress_on_stderr_and_their_outcome_on_stdout(
 def test_a_run_folder_holds_everything_of_the_run(chain):
     folder, _ = chain
     for stage, model in {"sft": "policy", "reward": "reward_model", "ppo": "policy"}.items():
-        for name in ("config.yaml", "environment.json", "metrics.jsonl", "summary.json", "report.html", "checkpoints"):
+        for name in (
+            "config.yaml",
+            "environment.json",
+            "metrics.jsonl",
+            "samples.jsonl",
+            "summary.json",
+            "report.html",
+        ):
             assert (folder / stage / name).exists(), (stage, name)
+        assert (folder / stage / "checkpoints").is_dir()
         assert (folder / stage / model / "model.safetensors").exists()
         assert list((folder / stage).rglob("events.out.tfevents*"))
         assert not list((folder / stage).rglob("*.partial"))
@@ -215,6 +224,65 @@ def test_samples_hold_what_ppo_knew_of_every_token(chain):
     assert {"prompt", "response", "score", "gold_score", "kl"} <= held_out[0].keys()
 
 
+def held_out_by_step(folder):
+    """The held-out samples of each evaluation."""
+    steps = {}
+    for row in jsonl(folder / "samples.jsonl"):
+        assert row["kind"] == "held-out"
+        steps.setdefault(row["step"], []).append(row)
+    return steps
+
+
+def test_every_evaluation_shows_responses_beside_the_same_eight_held_out_demonstrations(chain):
+    folder, _ = chain
+    steps = held_out_by_step(folder / "sft")
+    assert list(steps) == [row["step"] for row in metrics_of(folder / "sft") if "eval/loss" in row]
+    written = {row["prompt"]: row["completion"] for row in tiny_runs.demonstrations(40)}
+    for rows in steps.values():
+        assert len(rows) == 8
+        assert [row["prompt"] for row in rows] == [row["prompt"] for row in steps[0]]
+        assert all(row["demonstration"] == written[row["prompt"]] for row in rows)
+    assert [row["response"] for row in steps[0]] != [row["response"] for row in steps[16]]
+
+
+def test_every_evaluation_shows_the_raw_scores_of_the_same_eight_held_out_pairs(chain):
+    folder, _ = chain
+    steps = held_out_by_step(folder / "reward")
+    losses = {row["step"]: row["eval/loss"] for row in metrics_of(folder / "reward") if "eval/loss" in row}
+    assert list(steps) == list(losses)
+    written = {row["prompt"]: row for row in tiny_runs.comparisons(40)}
+    for rows in steps.values():
+        assert len(rows) == 8
+        for row in rows:
+            assert (row["chosen"], row["rejected"]) == (
+                written[row["prompt"]]["chosen"],
+                written[row["prompt"]]["rejected"],
+            )
+    model = RewardModel.load(folder / "reward" / "reward_model", setting="test")
+    del losses[0]
+    best = steps[min(losses, key=losses.get)]  # whose model was kept
+    for side in ("chosen", "rejected"):
+        raw = model.raw_scores(model.encode([row["prompt"] for row in best], [row[side] for row in best]))
+        assert [row[f"{side}_score"] for row in best] == pytest.approx(raw.tolist(), abs=1e-5)
+
+
+def test_the_report_shows_the_samples_of_every_stage(chain):
+    folder, _ = chain
+    headings = {
+        "sft": ["prompt", "demonstration", "before", "after"],
+        "reward": ["prompt", "chosen", "rejected"],
+        "ppo": ["prompt", "before", "after"],
+    }
+    for stage, expected in headings.items():
+        page = (folder / stage / "report.html").read_text()
+        assert re.findall("<th>(.*?)</th>", page) == expected
+        first = jsonl(folder / stage / "samples.jsonl")[0]
+        assert f"<td>{first['prompt']}</td>" in page
+    rows = held_out_by_step(folder / "reward")
+    change = f"score {rows[0][0]['chosen_score']:.2f} → {rows[8][0]['chosen_score']:.2f}"
+    assert change in (folder / "reward" / "report.html").read_text()
+
+
 def test_the_latest_two_checkpoints_are_there(chain):
     folder, _ = chain
     assert sorted(path.name for path in (folder / "sft" / "checkpoints").iterdir()) == ["step_000014", "step_000016"]
@@ -280,7 +348,7 @@ def test_summaries_hold_the_outcome_in_numbers(chain):
         },
     }
     for stage, expected in keys.items():
-        summary = json.loads((folder / stage / "summary.json").read_text())
+        summary = tiny_runs.strict((folder / stage / "summary.json").read_text())
         assert summary.keys() >= expected
         assert all(isinstance(value, int | float) for value in summary.values())
     assert json.loads((folder / "sft" / "summary.json").read_text())["loss_after"] < 6

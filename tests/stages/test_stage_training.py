@@ -13,6 +13,7 @@ from tiny_runs import STOPS, metrics_of, same_weights, without_times
 
 from ppo_rlhf.config import MissingEOS, PPOConfig, RewardConfig, SFTConfig
 from ppo_rlhf.models import load_policy
+from ppo_rlhf.report import outcome_lines, write_report
 from ppo_rlhf.rewards import RewardModel
 from ppo_rlhf.settings import OptimizerSettings, PPOSettings, SamplingSettings
 from ppo_rlhf.train import ppo, reward_model, sft
@@ -242,11 +243,27 @@ def test_the_best_policy_is_kept_where_the_last_one_is_worse(models, data):
         assert kept["loss_before"] == pytest.approx(summary["loss_after"], abs=1e-5)
 
 
-def test_a_run_whose_evaluation_is_not_a_number_still_ends(models, data):
+def test_a_run_whose_evaluation_is_not_a_number_still_ends_and_says_null(models, data):
     optimizer = OptimizerSettings(lr=1e30, schedule="constant")
     summary = sft.train(sft_config(models, data, num_epochs=0.5, optimizer=optimizer, max_grad_norm=1e30))
-    assert not math.isfinite(summary["loss_after"]) or summary["loss_after"] > 6
+    assert summary["loss_after"] is None
+    assert tiny_runs.strict(Path("sft/summary.json").read_text())["loss_after"] is None
+    assert metrics_of("sft")[-1]["eval/loss"] is None
     assert Path("sft/policy/model.safetensors").exists()
+    write_report(Path("sft"))
+    assert "→ not finite nats a token" in outcome_lines(Path("sft"))[0]
+
+
+def test_an_update_of_which_every_step_was_skipped_says_null(models, data):
+    """The gradient of a reward that float32 can hold, but not square, is not finite."""
+    config = ppo_config(models, data, missing_eos=MissingEOS("none"))
+    ppo.train(config, reward=lambda prompts, responses, **_: [1e38] * len(responses))
+    for row in metrics_of("ppo")[1:]:
+        assert (row["optimizer_steps"], row["skipped_steps"]) == (0, 4)
+        assert row["loss/policy"] is None
+        assert row["grad_norm"] is None
+    assert same_weights("ppo/policy", models["gpt2"])
+    assert "<svg" in write_report(Path("ppo")).read_text()
 
 
 def test_fine_tuning_learns_its_demonstrations_and_to_stop(models):
@@ -255,6 +272,10 @@ def test_fine_tuning_learns_its_demonstrations_and_to_stop(models):
         sft_config(models, {"demonstrations": None}, num_epochs=12, optimizer=OptimizerSettings(lr=2e-2)), data=rows
     )
     assert summary["loss_after"] < 0.1 < summary["loss_before"]
+    samples = tiny_runs.jsonl("sft/samples.jsonl")
+    assert all(row["demonstration"] == " blue bird ." for row in samples)
+    assert not any(row["response"] == " blue bird ." for row in samples[:8])
+    assert sum(row["response"] == " blue bird ." and row["finished"] for row in samples[-8:]) >= 6
     ppo.train(
         PPOConfig(
             policy="sft/policy",
@@ -270,6 +291,28 @@ def test_fine_tuning_learns_its_demonstrations_and_to_stop(models):
     )
     assert metrics_of("ppo")[1]["objective/score"] >= 0.75
     assert metrics_of("ppo")[1]["response/stop_rate"] >= 0.75
+
+
+def test_sampling_beside_the_demonstrations_changes_nothing_else(models, data, monkeypatch):
+    config = sft_config(models, data, policy=models["dropout"], eval_every=2)
+    sft.train(config)
+    monkeypatch.setattr(sft, "responses_beside", lambda *_, **__: [])
+    sft.train(replace(config, output_dir="without"))
+    assert not Path("without/samples.jsonl").exists()
+    assert metrics_of("without") == metrics_of("sft")
+    assert same_weights("without/policy", "sft/policy")
+
+
+def test_plain_texts_have_no_prompts_to_respond_to(models, data):
+    sft.train(sft_config(models, data, num_epochs=0.25), data=[{"text": f"red fish {index}"} for index in range(20)])
+    assert not Path("sft/samples.jsonl").exists()
+
+
+def test_responses_to_prompts_that_nearly_fill_the_context_end_where_it_does(models, data):
+    prompt = "zq" * 29  # a token a letter
+    rows = [{"prompt": f"{prompt}{index:02}", "completion": "."} for index in range(20)]
+    sft.train(sft_config(models, data, num_epochs=0.25), data=rows)  # GPT-2 has no position beyond its context
+    assert len(tiny_runs.jsonl("sft/samples.jsonl")) == 2 * 4
 
 
 def test_long_demonstrations_are_cut_and_counted(models, data, capfd):
@@ -399,7 +442,7 @@ def test_the_kl_is_measured_to_the_policy_at_the_start_or_to_a_given_reference(m
     assert metrics_of("ppo")[1]["objective/kl"] == pytest.approx(0, abs=1e-5)
     assert metrics_of("ppo")[2]["objective/kl"] != pytest.approx(0, abs=1e-3)
     tokens = tiny_runs.tokenizer()
-    other = tiny_runs.save("other", tiny_runs.gpt2(tokens, seed=5), tokens)
+    other = tiny_runs.save("other", tiny_runs.model(tokens, seed=5), tokens)
     ppo.train(ppo_config(models, data, output_dir="far", num_steps=1, reference=other))
     assert metrics_of("far")[1]["objective/kl"] > 0.1
 

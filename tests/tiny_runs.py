@@ -6,15 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported, hence before the next lines
-
 import pytest
+import tiny_models
 import torch
 import yaml
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers.models import BPE
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WORDS = ["red", "blue", "green", "fish", "bird", "stone", "river", "small", "bright", "old"]
 STOPS = tuple(range(2, 62))  # ids that end a response in many of these tests: an untrained model then stops by itself
@@ -24,60 +20,18 @@ CONTEXT = 64
 # ----------------------------------------------------------------------------------------------------- models
 
 
-def tokenizer(*, size=300, eos="<eos>", pad="<pad>", texts=None):
-    """A byte-level BPE trained on the spot. size 300: 256 bytes, two special tokens, 42 merges."""
-    bpe = Tokenizer(BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=["<eos>", "<pad>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts or [row["prompt"] + row["completion"] for row in demonstrations(60)], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=eos, pad_token=pad, padding_side="left")
+def tokenizer(texts=None, *, size=300, **special):
+    """size 300: two special tokens, 256 bytes, 42 merges."""
+    texts = texts or [row["prompt"] + row["completion"] for row in demonstrations(60)]
+    return tiny_models.make_tokenizer(texts, size=size, **special)
 
 
-def gpt2(tokens, *, dropout=0.0, width=16, seed=0):
-    torch.manual_seed(seed)
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=len(tokens),
-            n_positions=CONTEXT,
-            n_embd=width,
-            n_layer=2,
-            n_head=2,
-            resid_pdrop=dropout,
-            embd_pdrop=dropout,
-            attn_pdrop=dropout,
-            bos_token_id=0,
-            eos_token_id=0,
-            initializer_range=0.2,
-        )
-    )
+def model(tokens, architecture="gpt2", **options):
+    return tiny_models.make_model(architecture, vocabulary=len(tokens), context=CONTEXT, spread=0.2, **options)
 
 
-def llama(tokens, *, seed=0):
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokens),
-            max_position_embeddings=CONTEXT,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            bos_token_id=0,
-            eos_token_id=0,
-            initializer_range=0.2,
-        )
-    )
-
-
-def save(folder, model, tokens):
-    model.save_pretrained(folder)
+def save(folder, made, tokens):
+    made.save_pretrained(folder)
     tokens.save_pretrained(folder)
     return str(folder)
 
@@ -86,11 +40,11 @@ def make_models(folder):
     """Folders of models by name."""
     tokens = tokenizer()
     return {
-        "gpt2": save(folder / "gpt2", gpt2(tokens), tokens),
-        "dropout": save(folder / "dropout", gpt2(tokens, dropout=0.1), tokens),
-        "llama": save(folder / "llama", llama(tokens), tokens),
-        "pad_is_eos": save(folder / "pad_is_eos", gpt2(tokens), tokenizer(pad="<eos>")),
-        "without_eos": save(folder / "without_eos", gpt2(tokens), tokenizer(eos=None)),
+        "gpt2": save(folder / "gpt2", model(tokens), tokens),
+        "dropout": save(folder / "dropout", model(tokens, dropout=0.1), tokens),
+        "llama": save(folder / "llama", model(tokens, "llama"), tokens),
+        "pad_is_eos": save(folder / "pad_is_eos", model(tokens), tokenizer(pad=tiny_models.EOS)),
+        "without_eos": save(folder / "without_eos", model(tokens), tokenizer(eos=None)),
     }
 
 
@@ -195,7 +149,16 @@ def command(*words, cwd, timeout=120, **more):
 
 
 def jsonl(path):
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return [strict(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def strict(text):
+    """What a strict reader makes of JSON: NaN and Infinity, which Python writes and reads, are no part of it."""
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON: {text}")
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def metrics_of(folder):
@@ -219,11 +182,6 @@ def settings_of(folder):
 
 
 # ---------------------------------------------------------------------------------------------------- fixtures
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

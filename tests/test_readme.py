@@ -1,0 +1,93 @@
+"""What the README shows works: its Python runs, its commands and their options exist."""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_runs
+from tiny_runs import data, in_tmp_path, models
+
+__all__ = ["data", "in_tmp_path", "models"]
+
+ROOT = Path(__file__).parents[1]
+READMES = sorted(ROOT.glob("README*.md"))
+PROGRAMS = ("ppo-rlhf", "python", "torchrun", "make")
+
+
+def fenced_blocks(text, *languages):
+    return re.findall(rf"^```(?:{'|'.join(languages)})\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands_in(text):
+    """The command lines in the shell's fenced blocks and in indented ones, as words."""
+    lines = [line for block in fenced_blocks(text, "bash", "sh", "console") for line in block.splitlines()]
+    lines += re.findall(r"^ {4}(\S.*)$", text, flags=re.MULTILINE)
+    told = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines if line.startswith(PROGRAMS)]
+    return [words for words in told if words[0] in PROGRAMS]
+
+
+PYTHON = [pytest.param(block, id=path.name) for path in READMES for block in fenced_blocks(path.read_text(), "python")]
+COMMANDS = [words for path in READMES for words in commands_in(path.read_text())]
+
+
+def test_the_readme_has_python_and_commands_to_try():
+    assert PYTHON
+    assert {words[0] for words in COMMANDS} >= {"ppo-rlhf", "torchrun", "make"}
+
+
+@pytest.mark.parametrize("block", PYTHON)
+def test_the_python_of_the_readme_runs_on_a_users_files(block, models):
+    Path("runs/sft").mkdir(parents=True)
+    Path("runs/sft/policy").symlink_to(models["gpt2"])
+    tiny_runs.write_rows("demonstrations.jsonl", tiny_runs.demonstrations(80))
+    tiny_runs.write_rows("comparisons.jsonl", tiny_runs.comparisons(80))
+    tiny_runs.write_rows("prompts.jsonl", tiny_runs.prompts(80))
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def help_of_module(module, subcommand, capsys):
+    """The help of `python -m module subcommand`."""
+    assert importlib.import_module(f"{module}.cli").main([subcommand, "--help"]) == 0
+    return capsys.readouterr().out
+
+
+def help_of(words, capsys):
+    """The help of the program that the words call; nothing is run."""
+    if words[0] == "ppo-rlhf":
+        return help_of_module("ppo_rlhf", words[1], capsys)
+    if words[0] == "torchrun":
+        place = words.index("-m")
+        return help_of_module(*words[place + 1 : place + 3], capsys) + "--nproc_per_node --standalone"
+    if words[1] == "-m":
+        return help_of_module(words[2], words[3], capsys)
+    done = subprocess.run([sys.executable, ROOT / words[1], "--help"], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.parametrize("words", [words for words in COMMANDS if words[0] != "make"], ids=" ".join)
+def test_a_command_of_the_readme_exists_with_all_its_options(words, capsys):
+    known = set(re.findall(r"--[\w.-]+", help_of(words, capsys)))
+    for word in words:
+        if word.startswith("--"):
+            option = word.partition("=")[0]
+            assert option in known or "--" + option[2:].replace("-", "_") in known, word
+        if word.startswith("examples/"):
+            assert (ROOT / word).exists(), word
+
+
+def test_every_make_target_of_the_readme_exists():
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    named = {words[1] for words in COMMANDS if words[0] == "make"}
+    assert named
+    assert named <= set(targets)
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: path.name)
+def test_every_file_that_the_readme_names_exists(path):
+    named = re.findall(r"`((?:ppo_rlhf|classic|examples|tests|docs)/[\w./-]*)`", path.read_text())
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []

@@ -1,0 +1,105 @@
+"""Tiny language models of several architectures with random weights, and byte-level tokenizers, made on the spot."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+EOS, PAD = "<|endoftext|>", "<|pad|>"  # EOS: the name that Qwen2Tokenizer adds where it is missing
+ALL_BYTES = "".join(sorted(pre_tokenizers.ByteLevel.alphabet()))
+
+
+def _gpt2(dropout, **shared):
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
+    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, **dropouts, **shared))
+
+
+def _llama_like(config_class, model_class, dropout, **shared):
+    return model_class(
+        config_class(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            attention_dropout=dropout,
+            pad_token_id=None,
+            tie_word_embeddings=False,
+            **shared,
+        )
+    )
+
+
+def _gpt_neox(dropout, **shared):
+    return GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            attention_dropout=dropout,
+            hidden_dropout=dropout,
+            **shared,
+        )
+    )
+
+
+ARCHITECTURES = {
+    "gpt2": _gpt2,
+    "llama": lambda dropout, **shared: _llama_like(LlamaConfig, LlamaForCausalLM, dropout, **shared),
+    "qwen2": lambda dropout, **shared: _llama_like(Qwen2Config, Qwen2ForCausalLM, dropout, **shared),
+    "gpt_neox": _gpt_neox,
+}
+
+
+def make_model(architecture="gpt2", *, vocabulary, context, spread, dropout=0.0, seed=0):
+    """A causal language model of some thousand random weights; spread: how far from uniform its predictions are."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = ARCHITECTURES[architecture](
+            dropout,
+            vocab_size=vocabulary,
+            max_position_embeddings=context,
+            initializer_range=spread,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    return model.eval()
+
+
+@cache
+def _trained(texts, size, alphabet, specials):
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=list(specials), initial_alphabet=list(alphabet), show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return bpe.to_str()
+
+
+def make_tokenizer(texts, *, size, alphabet=ALL_BYTES, eos=EOS, pad=PAD):
+    """Byte-level BPE: the special tokens first, then the alphabet, then merges learnt from the texts."""
+    specials = tuple(dict.fromkeys(token for token in (eos, pad) if token is not None))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_trained(tuple(texts), size, alphabet, specials)),
+        bos_token=eos,
+        eos_token=eos,
+        pad_token=pad,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
