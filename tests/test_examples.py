@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from ppo_rlhf import cli
+from ppo_rlhf.arguments import read
 from ppo_rlhf.config import PipelineConfig
 
 ROOT = Path(__file__).parent.parent
@@ -33,9 +34,7 @@ def test_there_are_examples_for_the_toy_task_real_sentences_and_gpt2():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.parent.name)
 def test_every_setting_of_an_example_is_known_and_valid(path):
-    parser, known = cli._parser_for("pipeline")
-    arguments = cli._parsed(parser, known, ["pipeline", "--config", str(path)])
-    given = parser.instantiate(arguments)["pipeline"]
+    given = read(cli.COMMAND_LINE, ["pipeline", "--config", str(path)])["pipeline"]
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert given["ppo"].num_steps == written["ppo"]["num_steps"]
     assert (

@@ -18,6 +18,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ppo_rlhf.errors import UserError
+
 
 @dataclass(frozen=True)
 class LoopState:
@@ -98,10 +100,18 @@ def save_checkpoint(folder: Path, state: LoopState, accelerator: Accelerator, *,
 
 
 def load_checkpoint(folder: Path, accelerator: Accelerator) -> LoopState | None:
-    """Loads the latest checkpoint whose files are whole; None where there is none."""
+    """Loads the latest checkpoint whose files are whole; None where there is none.
+
+    Raises UserError for a checkpoint of another model.
+    """
     for path in reversed(checkpoints_in(folder)):
         if is_whole(path):
-            accelerator.load_state(str(path))
+            try:
+                accelerator.load_state(str(path))
+            except RuntimeError as error:  # names or shapes that differ
+                raise UserError(
+                    f"checkpoint {path} is of another model: {' '.join(str(error).split())[:200]}"
+                ) from error
             numbers = json.loads((path / "loop.json").read_text(encoding="utf-8"))
             tensors = path / "loop.safetensors"
             return LoopState(**{**numbers, "tensors": load_file(tensors) if tensors.exists() else {}})

@@ -27,7 +27,7 @@ from ppo_rlhf.run.progress import StepProgress
 HOW_OFTEN = {"output_dir", "resume", "eval_every", "save_every", "keep_checkpoints", "log_with"}
 HOW_LONG = {"num_steps", "num_epochs"}
 SAMPLES_KEPT = 8  # of each evaluation
-LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
+LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy", "gymnasium")
 
 
 def new_folder(output_dir: str | None, kind: str, *, resume: bool) -> Path:
@@ -57,9 +57,20 @@ def is_finished(folder: Path) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """The configuration of the run in the folder, None where there is none."""
+    """The configuration of the run in the folder, None where there is none.
+
+    Raises UserError for a file that holds none.
+    """
     path = folder / "config.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} holds no settings.")
+    return settings
 
 
 def write_config(folder: Path, config: Any) -> None:
@@ -68,12 +79,21 @@ def write_config(folder: Path, config: Any) -> None:
     write_text(folder / "config.yaml", settings)
 
 
-def refuse_changes(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], *, prefix: str = "") -> None:
+def refuse_changes(
+    folder: Path,
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    *,
+    prefix: str = "",
+    may_change: set[str] | None = None,
+) -> None:
     """Raises UserError for the first setting in which the folder's run, started with `old`, would train otherwise.
 
     old: as read from a config.yaml; settings that it lacks count as unchanged. prefix: of the name that is told.
+    may_change: by default how often it saves and evaluates, and until it is finished how long it trains.
     """
-    may_change = HOW_OFTEN if is_finished(folder) else HOW_OFTEN | HOW_LONG
+    if may_change is None:
+        may_change = HOW_OFTEN if is_finished(folder) else HOW_OFTEN | HOW_LONG
     before = _flat(old)
     for name, value in _flat(_plain(new)).items():
         if before.get(name, value) != value and name.split(".")[0] not in may_change:
@@ -102,18 +122,15 @@ class Run:
     def __init__(
         self, folder: Path, config: Any, *, kind: str, accelerator: Accelerator, num_steps: int, started: float
     ) -> None:
-        """Makes the folder, or takes up the run in it. started: time.monotonic() when the stage began.
-
-        Raises UserError where the folder's run was configured otherwise in what it trains.
-        """
+        """Makes the folder, or takes up the run in it. started: time.monotonic() when the stage began."""
         self.folder = folder
         self.config = config
         self.accelerator = accelerator
         self._started = started
-        refuse_changes(folder, read_config(folder) or {}, asdict(config))
-        accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()  # until all have seen whether the folder can be used
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
+            (folder / "summary.json").unlink(missing_ok=True)  # before all else: a run that goes on is not finished
             write_config(folder, config)
             write_text(folder / "environment.json", json.dumps(_environment(config, kind, accelerator), indent=1))
         accelerator.wait_for_everyone()

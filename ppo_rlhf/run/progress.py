@@ -15,6 +15,9 @@ SHOWN = {
     "objective/gold_score": "gold",
     "objective/kl": "KL",
     "response/length": "length",
+    "episode/return": "return",
+    "eval/return": "evaluated",
+    "steps_per_second": "steps/s",
 }
 
 
@@ -27,6 +30,7 @@ class StepProgress:
         self.num_steps = num_steps
         self.enabled = enabled
         self.every = max(1, num_steps // 20)
+        self.latest: dict[str, float] = {}  # of metrics that not every step has
         self.console = Console(stderr=True, highlight=False)
         self.bar: Progress | None = None
         if enabled and self.console.is_terminal:
@@ -44,7 +48,9 @@ class StepProgress:
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
         """Tells of a completed step."""
-        shown = "  ".join(f"{label} {metrics[name]:.3g}" for name, label in SHOWN.items() if name in metrics)
+        self.latest |= {name: metrics[name] for name in SHOWN if name in metrics}
+        labelled = {label: self.latest[name] for name, label in SHOWN.items() if name in self.latest}
+        shown = "  ".join(f"{label} {_short(value)}" for label, value in labelled.items())
         if self.bar is not None:
             self.bar.update(self.task, completed=step, metrics=shown)
         elif self.enabled and (step % self.every == 0 or step == self.num_steps):
@@ -59,3 +65,8 @@ class StepProgress:
         """Leaves the terminal as it was."""
         if self.bar is not None:
             self.bar.stop()
+
+
+def _short(number: float) -> str:
+    """Three digits, and all those before the point."""
+    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"

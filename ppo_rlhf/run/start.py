@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from ppo_rlhf.run.folder import Run, is_finished, new_folder
+from ppo_rlhf.run.folder import HOW_LONG, HOW_OFTEN, Run, is_finished, new_folder, read_config, refuse_changes
 from ppo_rlhf.run.processes import make_accelerator
 
 
@@ -36,16 +36,18 @@ class Start:
         )
 
 
-def begin(config: Any, kind: str, *, cpu: bool = False) -> Start | None:
+def begin(config: Any, kind: str, *, cpu: bool = False, longer: bool = False) -> Start | None:
     """Begins a stage, all of whose randomness follows from its seed; None where its run is finished already.
 
-    cpu: stay there even where there is a GPU.
+    cpu: stay there even where there is a GPU. longer: go on also with a finished run.
 
-    Raises UserError for a folder that cannot be used, or processes that cannot be had.
+    Raises UserError for a folder that cannot be used, a run in it that trained otherwise, or processes that cannot be
+    had.
     """
     started = time.monotonic()
     folder = new_folder(config.output_dir, kind, resume=config.resume)
-    if is_finished(folder):
+    refuse_changes(folder, read_config(folder) or {}, asdict(config), may_change=HOW_OFTEN | HOW_LONG)
+    if is_finished(folder) and not longer:
         return None
     accelerator = make_accelerator(folder, precision=config.precision, log_with=config.log_with, cpu=cpu)
     set_seed(config.seed)
