@@ -1,0 +1,143 @@
+"""Algorithms side by side: each over the same seeds, environments and settings, in a run folder each."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from classic.config import CompareConfig, TrainConfig
+from classic.envs import make_environments
+from classic.plot import mean_and_interval, plot
+from classic.ppo import device_of, run
+from classic.presets import preset_for
+from ppo_rlhf.run import new_folder, write_config, write_text
+
+
+@dataclass(frozen=True)
+class Result:
+    """The final evaluations of one algorithm on one environment."""
+
+    env_id: str
+    algorithm: str
+    returns: tuple[float, ...]  # one a seed, each a mean over its episodes
+
+    def numbers(self) -> dict[str, Any]:
+        """Mean, its 95 % t interval (null with one seed), median, least and greatest."""
+        returns = np.array(self.returns)
+        mean, half = (float(number) for number in mean_and_interval(returns))
+        return {
+            **asdict(self),
+            "mean": mean,
+            "interval": [mean - half, mean + half] if len(returns) > 1 else None,
+            "median": float(np.median(returns)),
+            "min": float(returns.min()),
+            "max": float(returns.max()),
+        }
+
+
+def compare(config: CompareConfig, *, tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Runs every algorithm with every seed on every environment, and writes comparison.md, .png, .svg and .csv.
+
+    A run that is finished is not repeated, one that was interrupted goes on. → `output_dir`, and `results` as in
+    `Result.numbers`. tell: hears of each run before it starts.
+
+    Raises UserError, before anything is written, for an environment that cannot be made, or a folder in use.
+    """
+    folder = new_folder(config.output_dir, "comparison", resume=config.resume)
+    planned = {folder_of(folder, each): each for each in runs_of(config)}
+    for each in planned.values():
+        device_of(each, each.env_id)
+    for env_id in config.env_ids:
+        make_environments(env_id, **preset_for(env_id).environment.arguments()).close()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(folder, config)
+    for number, (path, each) in enumerate(planned.items(), start=1):
+        tell(f"{each.env_id} {each.algorithm} seed {each.seed} ({number} of {len(planned)})")
+        run(replace(each, output_dir=str(path), resume=True))
+    results = [
+        Result(
+            env_id,
+            algorithm,
+            tuple(_final_return(path) for path, each in planned.items() if _is(each, env_id, algorithm)),
+        )
+        for env_id in config.env_ids
+        for algorithm in config.algorithms
+    ]
+    plot(list(planned), folder / "comparison.png", smooth=5)
+    write_text(folder / "comparison.md", table(config, results))
+    return {"output_dir": str(folder), "results": [result.numbers() for result in results]}
+
+
+def runs_of(config: CompareConfig) -> list[TrainConfig]:
+    """The configurations of all runs: the environment's preset, and nothing but algorithm and seed changed in it.
+
+    Raises UserError for settings that do not go together.
+    """
+    common: dict[str, Any] = {"eval_episodes": config.eval_episodes, "device": config.device}
+    if config.num_steps is not None:
+        common["num_steps"] = config.num_steps
+    return [
+        replace(preset_for(env_id), env_id=env_id, algorithm=algorithm, seed=seed, **common)
+        for env_id in config.env_ids
+        for algorithm in config.algorithms
+        for seed in config.seeds
+    ]
+
+
+def folder_of(folder: Path, config: TrainConfig) -> Path:
+    """Where a run of the comparison lies."""
+    return folder / re.sub(r"[^\w.-]", "_", config.env_id) / config.algorithm / f"seed-{config.seed}"
+
+
+def table(config: CompareConfig, results: Sequence[Result]) -> str:
+    """comparison.md."""
+    lines = ["# Comparison", ""]
+    for env_id in config.env_ids:
+        steps = next(each for each in runs_of(config) if each.env_id == env_id)
+        lines += [
+            f"## {env_id}, {steps.num_updates * steps.num_envs * steps.horizon:,} steps",
+            "",
+            "| algorithm | seeds | mean | 95 % interval | median | min to max |",
+            "|---|---:|---:|---:|---:|---:|",
+            *(_row(result) for result in results if result.env_id == env_id),
+            "",
+        ]
+    seeds = " ".join(str(seed) for seed in config.seeds)
+    steps_given = "" if config.num_steps is None else f" --num-steps {config.num_steps}"
+    lines += [
+        f"Returns of the final policies, deterministic, over {config.eval_episodes} episodes on environments of their "
+        "own; over seeds: mean with its t interval, median and range.",
+        "",
+        f"    python -m classic compare {' '.join(config.env_ids)} --algorithms {' '.join(config.algorithms)} "
+        f"--seeds {seeds}{steps_given} --eval-episodes {config.eval_episodes}",
+        "",
+        ", ".join(f"{name} {version(name)}" for name in ("torch", "gymnasium", "numpy")),
+        "",
+        "![learning curves](comparison.png)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _row(result: Result) -> str:
+    numbers = result.numbers()
+    interval = "–" if numbers["interval"] is None else "{:.1f} to {:.1f}".format(*numbers["interval"])
+    return (
+        f"| {result.algorithm} | {len(result.returns)} | {numbers['mean']:.1f} | {interval} | {numbers['median']:.1f} "
+        f"| {numbers['min']:.1f} to {numbers['max']:.1f} |"
+    )
+
+
+def _is(config: TrainConfig, env_id: str, algorithm: str) -> bool:
+    return config.env_id == env_id and config.algorithm == algorithm
+
+
+def _final_return(folder: Path) -> float:
+    return float(json.loads((folder / "summary.json").read_text(encoding="utf-8"))["return_after"])
