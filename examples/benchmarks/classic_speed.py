@@ -3,8 +3,8 @@
     python examples/benchmarks/classic_speed.py [--seeds 0 1 2 3 4] [--compile]
 
 Training steps per CPU second with the same networks and hyper-parameters as the zoo's CartPole-v1 entry; CPU seconds
-until CartPole-v1 and Pendulum-v1 are solved, ours with our presets and the peer with the zoo's entries; and how fast the
-batched environments step alone. Imports, compiling and evaluations are off the clock. Solved: 20 and then 100 fresh
+until CartPole-v1 and Pendulum-v1 are solved, ours with our presets and the peer with the zoo's entries; and how fast
+the batched environments step alone. Imports, compiling and evaluations are off the clock. Solved: 20 and then 100 fresh
 deterministic episodes reach 475, and −200. What is not installed is reported as absent; nothing is installed.
 
 Peers are run in turn with ours, so that a busy machine slows both; still, use an idle one.
