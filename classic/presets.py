@@ -6,6 +6,31 @@ from classic.config import EnvironmentSettings, TrainConfig
 from classic.settings import NetworkSettings
 from ppo_rlhf.settings import OptimizerSettings, PPOSettings
 
+MUJOCO = (
+    "HalfCheetah-v5",
+    "Hopper-v5",
+    "InvertedDoublePendulum-v5",
+    "InvertedPendulum-v5",
+    "Reacher-v5",
+    "Swimmer-v5",
+    "Walker2d-v5",
+)
+
+
+def _mujoco(env_id: str) -> TrainConfig:
+    """Schulman et al. (2017), table 3, with the normalisation and annealing of baselines (Huang et al., 2022)."""
+    return TrainConfig(
+        env_id=env_id,
+        num_steps=1_000_000,
+        num_envs=1,
+        horizon=2048,
+        normalize_observations=True,
+        normalize_rewards=True,
+        ppo=PPOSettings(num_epochs=10, num_minibatches=32, value_clip_range=None, value_coef=0.5, max_grad_norm=0.5),
+        optimizer=OptimizerSettings(lr=3e-4, schedule="linear"),
+    )
+
+
 PRESETS: dict[str, TrainConfig] = {
     # Rewards are scaled so that values stay near 1, within the reach of a few hundred steps of the value head; a long
     # horizon lets it see the cart drift out of bounds in time.
@@ -20,18 +45,76 @@ PRESETS: dict[str, TrainConfig] = {
         ppo=PPOSettings(num_epochs=6, num_minibatches=2, value_clip_range=None, value_coef=0.5, max_grad_norm=0.5),
         optimizer=OptimizerSettings(lr=5e-3, schedule="linear"),
     ),
+    # Wide noise at the start, since the task begins with swinging; short horizons suffice once it stands.
     "Pendulum-v1": TrainConfig(
         env_id="Pendulum-v1",
         num_steps=150_000,
         num_envs=32,
         horizon=64,
-        gamma=0.9,
+        gamma=0.95,
         gae_lambda=0.9,
-        reward_scale=0.125,
-        network=NetworkSettings(hidden_sizes=(64,)),
-        ppo=PPOSettings(num_epochs=10, num_minibatches=8, value_clip_range=None, value_coef=0.5, max_grad_norm=0.5),
-        optimizer=OptimizerSettings(lr=5e-3, schedule="linear"),
+        reward_scale=0.05,
+        network=NetworkSettings(initial_log_std=0.5),
+        ppo=PPOSettings(num_epochs=6, num_minibatches=4, value_clip_range=None, value_coef=0.5, max_grad_norm=0.5),
+        optimizer=OptimizerSettings(lr=4e-3, schedule="linear"),
     ),
+    # The next four start from Stable-Baselines3's zoo (hyperparams/ppo.yml).
+    "Acrobot-v1": TrainConfig(
+        env_id="Acrobot-v1",
+        num_steps=300_000,
+        num_envs=16,
+        horizon=256,
+        gamma=0.99,
+        gae_lambda=0.94,
+        normalize_observations=True,
+        normalize_rewards=True,
+        ppo=PPOSettings(num_epochs=4, num_minibatches=16, value_clip_range=None, value_coef=0.5, max_grad_norm=0.5),
+        optimizer=OptimizerSettings(lr=1e-3, schedule="linear"),
+    ),
+    "MountainCar-v0": TrainConfig(
+        env_id="MountainCar-v0",
+        num_steps=1_000_000,
+        num_envs=16,
+        horizon=64,
+        gamma=0.99,
+        gae_lambda=0.98,
+        normalize_observations=True,
+        normalize_rewards=True,
+        ppo=PPOSettings(num_epochs=4, num_minibatches=4, value_clip_range=None, value_coef=0.5, max_grad_norm=0.5),
+        optimizer=OptimizerSettings(lr=1e-3, schedule="linear"),
+    ),
+    "MountainCarContinuous-v0": TrainConfig(
+        env_id="MountainCarContinuous-v0",
+        num_steps=100_000,
+        num_envs=8,
+        horizon=128,
+        gamma=0.999,
+        gae_lambda=0.9,
+        normalize_observations=True,
+        normalize_rewards=True,
+        network=NetworkSettings(gaussian="gsde", initial_log_std=-1.0),
+        ppo=PPOSettings(num_epochs=10, num_minibatches=4, value_clip_range=None, value_coef=0.5, max_grad_norm=5.0),
+        optimizer=OptimizerSettings(lr=1e-3, schedule="linear"),
+    ),
+    "LunarLander-v3": TrainConfig(
+        env_id="LunarLander-v3",
+        num_steps=1_000_000,
+        num_envs=16,
+        horizon=512,
+        gamma=0.999,
+        gae_lambda=0.98,
+        reward_scale=0.02,
+        ppo=PPOSettings(
+            num_epochs=4,
+            num_minibatches=32,
+            value_clip_range=None,
+            value_coef=0.5,
+            entropy_coef=0.01,
+            max_grad_norm=0.5,
+        ),
+        optimizer=OptimizerSettings(lr=1e-3, schedule="linear"),
+    ),
+    **{env_id: _mujoco(env_id) for env_id in MUJOCO},
     # What the tutorial of Hands-on Reinforcement Learning (boyu-ai, chapter 12) trains with: rollouts as long as one
     # episode, a single batch, no whitening of minibatches, 500 and 2,000 episodes' worth of steps. Two things differ:
     # policy and value function share one learning rate (the tutorial's: 1e-3 and 1e-2; 1e-4 and 5e-3), and values
