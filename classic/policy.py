@@ -134,7 +134,7 @@ class Policy(nn.Module):
             logprobs=self.distribution.logprob(parameters, taken).view(batch, steps),
             entropy=self.distribution.entropy(parameters, taken).view(batch, steps),
             values=values.view(batch, steps),
-            distribution=tuple(parameter.unflatten(0, (batch, steps)) for parameter in parameters),
+            distribution=tuple(each.reshape(batch, steps, *each.shape[1:]) for each in parameters),
         )
 
     def decide(

@@ -181,13 +181,19 @@ def _step(optimizer: Any, parameters: list[nn.Parameter], max_grad_norm: float, 
 def _fused_step(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], max_grad_norm: float) -> Tensor:
     """The same inside a fused optimizer's own kernel, which scales the gradient and leaves out a bad step itself.
 
-    The host waits for no value, and the gradients are not written once more.
+    The gradients are not written once more, and the host waits for no value of a GPU.
     """
-    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    optimizer.grad_scale = ((grad_norm.float() + 1e-6) / max_grad_norm).clamp(min=1)  # type: ignore[attr-defined]
-    optimizer.found_inf = (~grad_norm.isfinite()).float()  # type: ignore[attr-defined]
-    optimizer.step()
-    del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    grad_norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    extra: Any = optimizer  # a fused optimizer reads these two, which a loss scaler sets otherwise
+    extra.grad_scale = ((grad_norm.float() + 1e-6) / max_grad_norm).clamp(min=1)
+    if grad_norm.is_cuda:
+        extra.found_inf = (~grad_norm.isfinite()).float()
+        optimizer.step()
+        del extra.found_inf
+    elif grad_norm.isfinite():
+        optimizer.step()
+    del extra.grad_scale
     return grad_norm
 
 
