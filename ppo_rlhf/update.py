@@ -187,7 +187,7 @@ def _fused_step(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]
     grad_norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
     extra: Any = optimizer  # a fused optimizer reads these two, which a loss scaler sets otherwise
     extra.grad_scale = ((grad_norm.float() + 1e-6) / max_grad_norm).clamp(min=1)
-    if grad_norm.is_cuda:
+    if grad_norm.is_cuda:  # pragma: no cover - needs a GPU
         extra.found_inf = (~grad_norm.isfinite()).float()
         optimizer.step()
         del extra.found_inf
