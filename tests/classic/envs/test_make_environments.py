@@ -97,7 +97,7 @@ MISTAKES = [
 
 
 @pytest.mark.filterwarnings("ignore:.*missing AutoresetMode metadata")
-@pytest.mark.parametrize(("settings", "message"), MISTAKES, ids=[str(settings) for settings, _ in MISTAKES])
+@pytest.mark.parametrize(("settings", "message"), MISTAKES, ids=[message for _, message in MISTAKES])
 def test_a_mistake_is_told_in_one_line(settings, message):
     with pytest.raises(UserError, match=message) as raised:
         make_environments(**{"env": "CartPole-v1", **settings})
