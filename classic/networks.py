@@ -32,6 +32,8 @@ class TwinMLP(nn.Module):
     2022, detail 2).
     """
 
+    rates: Tensor  # (2, 1, 1) 1 for the policy, value_rate for the value function
+
     def __init__(
         self,
         num_inputs: int,
@@ -41,19 +43,28 @@ class TwinMLP(nn.Module):
         activation: str = "tanh",
         orthogonal: bool = True,
         policy_head_gain: float = 0.01,
+        value_rate: float = 1.0,
     ) -> None:
+        """value_rate: how many times as fast the value function learns. Its parameters are stored divided by this, and
+        Adam's steps, which do not depend on a parameter's scale, move the product so many times as far.
+        """
         super().__init__()
         self.activation = ACTIVATIONS[activation]
+        self.value_rate = value_rate
+        self.register_buffer("rates", torch.tensor([1.0, value_rate]).view(2, 1, 1), persistent=False)
         self.hidden = nn.ParameterDict()
         for index, (inputs, outputs) in enumerate(itertools.pairwise((num_inputs, *hidden_sizes))):
             layers = [initialized(nn.Linear(inputs, outputs), math.sqrt(2), orthogonal) for _ in range(2)]
-            weight = torch.stack([layer.weight.detach().T for layer in layers])  # (2, H, H')
-            bias = torch.stack([layer.bias.detach()[None] for layer in layers])  # (2, 1, H')
+            weight = torch.stack([layer.weight.detach().T for layer in layers]) / self.rates  # (2, H, H')
+            bias = torch.stack([layer.bias.detach()[None] for layer in layers]) / self.rates  # (2, 1, H')
             self.hidden[f"weight_{index}"] = nn.Parameter(weight.contiguous())
             self.hidden[f"bias_{index}"] = nn.Parameter(bias)
         self.num_features = (num_inputs, *hidden_sizes)[-1]
         self.policy_head = initialized(nn.Linear(self.num_features, num_outputs), policy_head_gain, orthogonal)
         self.value_head = initialized(nn.Linear(self.num_features, 1), 1.0, orthogonal)
+        with torch.no_grad():
+            for parameter in self.value_head.parameters():
+                parameter /= value_rate
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, D) → the policy's output (B, num_outputs), the value (B,), the policy's last features (B, H)."""
@@ -67,16 +78,20 @@ class TwinMLP(nn.Module):
 
     def policy_alone(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The policy's output and features: all that acting needs."""
-        layers = self._layers()
+        layers = list(self.hidden.values())
         for weight, bias in zip(layers[::2], layers[1::2], strict=True):
             x = self.activation(torch.addmm(bias[0], x, weight[0]))
         return self.policy_head(x), x
 
     def _layers(self) -> list[Tensor]:
-        return list(self.hidden.values())
+        layers = list(self.hidden.values())
+        return layers if self.value_rate == 1 else [layer * self.rates for layer in layers]
 
-    def _heads(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.policy_head.weight, self.policy_head.bias, self.value_head.weight, self.value_head.bias
+    def _heads(self) -> list[Tensor]:
+        value = [self.value_head.weight, self.value_head.bias]
+        if self.value_rate != 1:
+            value = [parameter * self.value_rate for parameter in value]
+        return [self.policy_head.weight, self.policy_head.bias, *value]
 
 
 def _twin(

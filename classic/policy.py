@@ -99,6 +99,7 @@ class Policy(nn.Module):
             activation=settings.activation,
             orthogonal=settings.orthogonal,
             policy_head_gain=settings.policy_head_gain,
+            value_rate=settings.value_rate,
         )
 
     @property

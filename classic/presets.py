@@ -116,9 +116,9 @@ PRESETS: dict[str, TrainConfig] = {
     ),
     **{env_id: _mujoco(env_id) for env_id in MUJOCO},
     # What the tutorial of Hands-on Reinforcement Learning (boyu-ai, chapter 12) trains with: rollouts as long as one
-    # episode, a single batch, no whitening of minibatches, 500 and 2,000 episodes' worth of steps. Two things differ:
-    # policy and value function share one learning rate (the tutorial's: 1e-3 and 1e-2; 1e-4 and 5e-3), and values
-    # regress on λ-returns that bootstrap at the time limit, where the tutorial takes it for a true end.
+    # episode, a single batch, learning rates of 1e-3 and 1e-2 (Pendulum: 1e-4 and 5e-3) for policy and value function,
+    # 500 and 2,000 episodes' worth of steps. Here values regress on λ-returns that bootstrap at the time limit, where
+    # the tutorial regresses on one step's and takes the limit for a true end; and advantages are whitened.
     "tutorial-cartpole": TrainConfig(
         env_id="CartPole-v1",
         num_steps=100_000,
@@ -127,7 +127,7 @@ PRESETS: dict[str, TrainConfig] = {
         gamma=0.98,
         gae_lambda=0.95,
         environment=EnvironmentSettings(max_episode_steps=200),
-        network=NetworkSettings(hidden_sizes=(128,), activation="relu", orthogonal=False),
+        network=NetworkSettings(hidden_sizes=(128,), activation="relu", orthogonal=False, value_rate=10.0),
         ppo=PPOSettings(num_epochs=10, num_minibatches=1, value_clip_range=None, value_coef=0.5, max_grad_norm=100.0),
         optimizer=OptimizerSettings(lr=1e-3, schedule="constant", epsilon=1e-8),
     ),
@@ -139,7 +139,9 @@ PRESETS: dict[str, TrainConfig] = {
         gamma=0.9,
         gae_lambda=0.9,
         reward_scale=0.125,
-        network=NetworkSettings(hidden_sizes=(128,), activation="relu", orthogonal=False, gaussian="state_dependent"),
+        network=NetworkSettings(
+            hidden_sizes=(128,), activation="relu", orthogonal=False, gaussian="state_dependent", value_rate=50.0
+        ),
         ppo=PPOSettings(num_epochs=10, num_minibatches=1, value_clip_range=None, value_coef=0.5, max_grad_norm=100.0),
         optimizer=OptimizerSettings(lr=1e-4, schedule="constant", epsilon=1e-8),
     ),

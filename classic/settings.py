@@ -20,6 +20,8 @@ class NetworkSettings:
     """Orthogonal weights, gain √2 in hidden layers (Huang et al., 2022)."""
     policy_head_gain: float = 0.01
     """Gain of the policy's last layer (Huang et al., 2022: 0.01, so that the first actions are nearly uniform)."""
+    value_rate: float = 1.0
+    """The value function's learning rate, as a multiple of the policy's."""
     encoder: str | None = None
     """module:Class of your own network in front: Class(observation_space) with an attribute num_features."""
     recurrent: Literal["none", "lstm", "gru"] = "none"
@@ -36,6 +38,7 @@ class NetworkSettings:
     def __post_init__(self) -> None:
         sizes = self.hidden_sizes
         require(all(size >= 1 for size in sizes), f"network.hidden_sizes={sizes} must all be at least 1.")
+        require(self.value_rate > 0, f"network.value_rate={self.value_rate} must be above 0.")
         require(self.recurrent_size >= 1, f"network.recurrent_size={self.recurrent_size} must be at least 1.")
         frequency = self.sde_sample_freq
         require(frequency == -1 or frequency >= 1, f"network.sde_sample_freq={frequency} must be at least 1, or -1.")

@@ -231,3 +231,26 @@ def test_the_features_of_images_come_after_the_vector():
     features = encoder({**images, "vector": torch.ones(5, 2)})
     assert features.shape == (5, encoder.num_features) == (5, 2 + 2 * 512)
     assert (features[:, :2] == 1).all()
+
+
+def test_a_value_rate_changes_nothing_but_how_far_adam_moves_the_value_function():
+    """After Adam's first step every weight has moved by the learning rate, the value function's c times as far."""
+    moved = {}
+    for rate in (1.0, 10.0):
+        torch.manual_seed(0)
+        networks = TwinMLP(3, (5, 4), 2, value_rate=rate).double()
+        x = torch.randn(7, 3, dtype=torch.float64)
+        optimizer = torch.optim.Adam(networks.parameters(), lr=1e-3, eps=0.0)
+        before = [each.detach().clone() for each in (*networks._layers(), *networks._heads())]
+        output, value, _ = networks(x)
+        moved[rate, "outputs"] = torch.cat([output, value[:, None]], dim=1).detach()
+        (output.square().sum() + value.square().sum()).backward()
+        optimizer.step()
+        after = (*networks._layers(), *networks._heads())
+        moved[rate] = [(new.detach() - old).abs() for new, old in zip(after, before, strict=True)]
+    torch.testing.assert_close(moved[10.0, "outputs"], moved[1.0, "outputs"])
+    for slow, fast in zip(moved[1.0][:4], moved[10.0][:4], strict=True):  # the twin layers
+        torch.testing.assert_close(fast[0], slow[0])
+        torch.testing.assert_close(fast[1], 10 * slow[1])
+    for slow, fast, factor in zip(moved[1.0][4:], moved[10.0][4:], (1, 1, 10, 10), strict=True):  # the heads
+        torch.testing.assert_close(fast, factor * slow)
