@@ -65,6 +65,9 @@ class Experience:
 
     def split(self, size: int) -> Iterator[Experience]:
         """Consecutive pieces of at most `size` rows."""
+        if size >= len(self):
+            yield self
+            return
         for start in range(0, len(self), size):
             yield self[start : start + size]
 
