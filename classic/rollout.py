@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from classic.envs import Environments, Step
-from classic.normalizers import RewardNormalizer
 from classic.policy import Memory, Policy, inputs_of
 from classic.spaces import Observations
 from ppo_rlhf.core import Experience, gae, whiten
-from ppo_rlhf.core.masked import SumAcross, identity
 
 
 @dataclass(frozen=True)
@@ -153,12 +151,10 @@ def experience_of(
     *,
     gamma: float,
     lam: float,
-    normalizer: RewardNormalizer | None = None,
-    sum_across: SumAcross = identity,
     whiten_advantages: bool = True,
     rows: int | None = None,
 ) -> Experience:
-    """Rewards ► [normalised] ► advantages and returns ► [whitened], and what the policy says of its own decisions.
+    """Rewards ► advantages and returns ► [whitened], and what the policy says of its own decisions.
 
     A truncated decision whose true last observation is not the next one pays γ·V of it and counts as terminated, which
     gives the same δ. rows: environments in one forward, for memory alone.
@@ -170,8 +166,7 @@ def experience_of(
             for start in range(0, len(mask), rows or len(mask))
         ]
         logprobs, _, values, distribution = evaluations[0] if len(evaluations) == 1 else _joined(evaluations)
-        rewards = trajectory.rewards if normalizer is None else normalizer(trajectory.rewards)
-        terminated = trajectory.terminated
+        rewards, terminated = trajectory.rewards, trajectory.terminated
         if trajectory.bootstraps is not None:
             rewards, terminated = rewards + gamma * trajectory.bootstraps, ended
         advantages, returns = gae(
@@ -183,7 +178,7 @@ def experience_of(
             lam=lam,
         )
         if whiten_advantages:
-            advantages = whiten(advantages, mask, sum_across=sum_across)
+            advantages = whiten(advantages, mask)
     return Experience(
         inputs=trajectory.inputs,
         logprobs=logprobs,

@@ -7,6 +7,7 @@ on a column; observations are returned as transposed views (N, D).
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ppo_rlhf.errors import UserError
 LONGEST_COUNT = 2**24  # float32 counts exactly up to here
 
 
-class BatchedEnvironments:
+class BatchedEnvironments(ABC):
     """N environments in NEXT_STEP layout whose whole state is tensors on `device`.
 
     A subclass moves states (`step`) and shows them (`_observe`). Nothing in a step waits for the device, and everything
@@ -123,9 +124,9 @@ class BatchedEnvironments:
         """Fills `into` (S, N) with start states."""
         into.uniform_(-1.0, 1.0, generator=self._generator).mul_(self._start_range)
 
+    @abstractmethod
     def _observe(self) -> Tensor:
         """What the present state looks like, (N, D) float32, in memory of its own."""
-        raise NotImplementedError
 
     def _begin_step(self) -> Tensor:
         """Draws start states if they are due; → (N,) 1 where the environment runs, 0 where this step resets it."""
