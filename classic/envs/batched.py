@@ -83,7 +83,7 @@ class BatchedEnvironments(ABC):
         self._start_all()
         return self._observe()
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - tensors need no closing, a subclass may
         """Nothing to free."""
 
     def state_dict(self) -> dict[str, Any]:
