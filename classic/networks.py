@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,10 +15,12 @@ SMALL = 2048  # elements up to which torch.tanh's one call beats the three of `_
 
 
 def _tanh_(z: Tensor) -> Tensor:
-    """tanh(z) = 2σ(2z) − 1 in place: torch's σ is ten times as quick as its tanh on CPUs. Error below 2e-7."""
-    if z.numel() <= SMALL or z.is_cuda or z.dtype != torch.float32:
-        return z.tanh_()
-    return z.add_(z).sigmoid_().mul_(2).sub_(1)
+    """tanh(z) = 2σ(2z) − 1, in place: on CPUs torch's σ is ten times as quick as its tanh. Error below 2e-7."""
+    if z.is_cuda or z.dtype != torch.float32 or torch.compiler.is_exporting():
+        return z.tanh()
+    if torch.compiler.is_compiling():
+        return 2 * torch.sigmoid(2 * z) - 1
+    return z.tanh_() if z.numel() <= SMALL else z.add_(z).sigmoid_().mul_(2).sub_(1)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": F.relu, "elu": F.elu, "silu": F.silu}
@@ -27,12 +29,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu"
 class TwinMLP(nn.Module):
     """Two multilayer perceptrons with the same hidden layers, the policy's and the value function's, run as one.
 
-    Both read the same x (B, D); each layer of both is one batched product. On small networks calls are what costs, and
-    this halves them. Orthogonal weights, gain √2 in hidden layers and 1 in the value's head, biases 0 (Huang et al.,
-    2022, detail 2).
+    Both read the same x (B, D); each layer of both is one batched product, and all matrices are one parameter, all
+    biases another, of which `layers` gives views. On small networks calls are what costs, and this halves them.
+    Orthogonal weights, gain √2 in hidden layers and 1 in the value's head, biases 0 (Huang et al., 2022, detail 2).
     """
 
-    rates: Tensor  # (2, 1, 1) 1 for the policy, value_rate for the value function
+    weight_rates: Tensor  # 1 for the policy's numbers, value_rate for the value function's
+    bias_rates: Tensor
 
     def __init__(
         self,
@@ -51,99 +54,132 @@ class TwinMLP(nn.Module):
         super().__init__()
         self.activation = ACTIVATIONS[activation]
         self.value_rate = value_rate
-        self.register_buffer("rates", torch.tensor([1.0, value_rate]).view(2, 1, 1), persistent=False)
-        self.hidden = nn.ParameterDict()
-        for index, (inputs, outputs) in enumerate(itertools.pairwise((num_inputs, *hidden_sizes))):
-            layers = [initialized(nn.Linear(inputs, outputs), math.sqrt(2), orthogonal) for _ in range(2)]
-            weight = torch.stack([layer.weight.detach().T for layer in layers]) / self.rates  # (2, H, H')
-            bias = torch.stack([layer.bias.detach()[None] for layer in layers]) / self.rates  # (2, 1, H')
-            self.hidden[f"weight_{index}"] = nn.Parameter(weight.contiguous())
-            self.hidden[f"bias_{index}"] = nn.Parameter(bias)
         self.num_features = (num_inputs, *hidden_sizes)[-1]
-        self.policy_head = initialized(nn.Linear(self.num_features, num_outputs), policy_head_gain, orthogonal)
-        self.value_head = initialized(nn.Linear(self.num_features, 1), 1.0, orthogonal)
-        with torch.no_grad():
-            for parameter in self.value_head.parameters():
-                parameter /= value_rate
+        weights, biases, rates = [], [], torch.tensor([1.0, value_rate]).view(2, 1, 1)
+        for inputs, outputs in itertools.pairwise((num_inputs, *hidden_sizes)):
+            twins = [initialized(nn.Linear(inputs, outputs), math.sqrt(2), orthogonal) for _ in range(2)]
+            weights.append((torch.stack([layer.weight.detach().T for layer in twins]), rates))  # (2, H, H')
+            biases.append((torch.stack([layer.bias.detach()[None] for layer in twins]), rates))  # (2, 1, H')
+        for outputs, gain, rate in ((num_outputs, policy_head_gain, rates[0]), (1, 1.0, rates[1])):
+            head = initialized(nn.Linear(self.num_features, outputs), gain, orthogonal)
+            weights.append((head.weight.detach(), rate))  # (A, H)
+            biases.append((head.bias.detach(), rate[0]))  # (A,)
+        self._kept: tuple[int, tuple[list[Tensor], list[Tensor]]] | None = None
+        self.weight_shapes = [weight.shape for weight, _ in weights]
+        self.bias_shapes = [bias.shape for bias, _ in biases]
+        self.weights = nn.Parameter(_joined(x / rate for x, rate in weights)[None])  # (1, ·): a matrix to weight decay
+        self.biases = nn.Parameter(_joined(x / rate for x, rate in biases))
+        for name, pairs in (("weight_rates", weights), ("bias_rates", biases)):
+            self.register_buffer(name, _joined(rate.expand_as(x) for x, rate in pairs), persistent=False)
+
+    def layers(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and biases: the hidden layers' (2, H, H') and (2, 1, H'), policy first; the policy's head's (A, H) and
+        (A,); the value's head's (1, H) and (1,).
+        """
+        if self.value_rate != 1:
+            weights, biases = self.weights * self.weight_rates, self.biases * self.bias_rates
+        elif torch.is_grad_enabled() or torch.compiler.is_compiling():
+            weights, biases = self.weights, self.biases
+        else:
+            return self._views()
+        return self.cut(weights, biases)
+
+    def policy_layers(self) -> list[Tensor]:
+        """The policy's own part of `layers`."""
+        return [part for parts in self.layers() for part in (*(twin[0] for twin in parts[:-2]), parts[-2])]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, D) → the policy's output (B, num_outputs), the value (B,), the policy's last features (B, H)."""
-        hidden, heads = self._layers(), self._heads()
-        quick = self.activation is torch.tanh and hidden and not torch.compiler.is_compiling()
-        if quick and torch.is_grad_enabled():
-            output, value, features = _TwinTanh.apply(x, *hidden, *heads)
+        tanh = self.activation is torch.tanh and len(self.weight_shapes) > 2
+        if tanh and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            output, value, features = _TwinTanh.apply(x, self.weights, self.biases, self)
         else:
-            output, value, features = _twin(x, hidden, heads, _tanh_ if quick else self.activation)
+            output, value, features = _twin(x, *self.layers(), _tanh_ if tanh else self.activation)
         return output, value.squeeze(-1), features
 
     def policy_alone(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The policy's output and features: all that acting needs."""
-        layers = list(self.hidden.values())
-        for weight, bias in zip(layers[::2], layers[1::2], strict=True):
+        weights, biases = self.layers()
+        for weight, bias in zip(weights[:-2], biases[:-2], strict=True):
             x = self.activation(torch.addmm(bias[0], x, weight[0]))
-        return self.policy_head(x), x
+        return F.linear(x, weights[-2], biases[-2]), x
 
-    def _layers(self) -> list[Tensor]:
-        layers = list(self.hidden.values())
-        return layers if self.value_rate == 1 else [layer * self.rates for layer in layers]
+    def cut(self, weights: Tensor, biases: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Tensors like the two parameters as views in the shapes of `layers`."""
+        cut = (
+            [part.view(shape) for part, shape in zip(vector.split([s.numel() for s in shapes]), shapes, strict=True)]
+            for vector, shapes in ((weights.view(-1), self.weight_shapes), (biases, self.bias_shapes))
+        )
+        return next(cut), next(cut)
 
-    def _heads(self) -> list[Tensor]:
-        value = [self.value_head.weight, self.value_head.bias]
-        if self.value_rate != 1:
-            value = [parameter * self.value_rate for parameter in value]
-        return [self.policy_head.weight, self.policy_head.bias, *value]
+    def _views(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The layers without gradients, made anew where the parameters have moved in memory."""
+        place = self.weights.data_ptr()
+        if self._kept is None or self._kept[0] != place:
+            weights, biases = self.weights.detach(), self.biases.detach()
+            self._kept = place, self.cut(weights, biases)
+        return self._kept[1]
+
+
+def _joined(parts: Iterable[Tensor]) -> Tensor:
+    return torch.cat([part.flatten() for part in parts])
 
 
 def _twin(
-    x: Tensor, hidden: Sequence[Tensor], heads: Sequence[Tensor], activation: Callable[[Tensor], Tensor]
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activation: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The twin networks, hidden = weight, bias, weight, bias, … ; → output (B, A), value (B, 1), features (B, H)."""
+    """The twin networks → output (B, A), value (B, 1), features (B, H)."""
     pair = x.expand(2, *x.shape)
-    for weight, bias in zip(hidden[::2], hidden[1::2], strict=True):
+    for weight, bias in zip(weights[:-2], biases[:-2], strict=True):
         pair = activation(torch.baddbmm(bias, pair, weight))  # (2, B, H')
     policy, value = pair.unbind(0)
-    return F.linear(policy, *heads[:2]), F.linear(value, *heads[2:]), policy
+    return F.linear(policy, weights[-2], biases[-2]), F.linear(value, weights[-1], biases[-1]), policy
 
 
 class _TwinTanh(torch.autograd.Function):
     """`_twin` with tanh, and its gradient written out: a third of the calls that autograd makes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        *hidden, policy_weight, policy_bias, value_weight, value_bias = parameters
-        pairs = [x.expand(2, *x.shape)]
-        for weight, bias in zip(hidden[::2], hidden[1::2], strict=True):
-            pairs.append(_tanh_(torch.baddbmm(bias, pairs[-1], weight)))
-        ctx.save_for_backward(x, *parameters)
-        ctx.pairs = pairs
-        policy, value = pairs[-1].unbind(0)
+    def forward(ctx: Any, x: Tensor, weights: Tensor, biases: Tensor, networks: TwinMLP) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, weights, biases)
+        ctx.set_materialize_grads(False)
+        ctx.networks, (ctx.weights, each_bias) = networks, networks.layers()
+        ctx.pairs = [x.expand(2, *x.shape)]
+        for weight, bias in zip(ctx.weights[:-2], each_bias[:-2], strict=True):
+            ctx.pairs.append(_tanh_(torch.baddbmm(bias, ctx.pairs[-1], weight)))
+        policy, value = ctx.pairs[-1].unbind(0)
         ctx.mark_non_differentiable(policy)
-        return F.linear(policy, policy_weight, policy_bias), F.linear(value, value_weight, value_bias), policy
+        heads = zip((policy, value), ctx.weights[-2:], each_bias[-2:], strict=True)
+        return *(F.linear(*each) for each in heads), policy
 
     @staticmethod
-    def backward(ctx: Any, output: Tensor, value: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, *parameters = ctx.saved_tensors
-        if (
-            torch.is_grad_enabled()
-        ):  # asked for a gradient of the gradient, as a trust region does: leave it to autograd
-            inputs = [x, *parameters] if ctx.needs_input_grad[0] else parameters
-            with torch.enable_grad():
-                results = _twin(x, parameters[:-4], parameters[-4:], torch.tanh)[:2]
+    def backward(ctx: Any, output: Tensor | None, value: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        x, weights, biases = ctx.saved_tensors
+        networks = ctx.networks
+        output = x.new_zeros(len(x), networks.weight_shapes[-2][0]) if output is None else output
+        value = x.new_zeros(len(x), 1) if value is None else value
+        if torch.is_grad_enabled():  # for a gradient of the gradient, as a trust region asks, leave it to autograd
+            results = _twin(x, *networks.layers(), torch.tanh)[:2]
+            inputs = [x, weights, biases] if ctx.needs_input_grad[0] else [weights, biases]
             found = torch.autograd.grad(results, inputs, (output, value), create_graph=True)
-            return found if ctx.needs_input_grad[0] else (None, *found)
-        hidden, (policy_weight, _, value_weight, _) = parameters[:-4], parameters[-4:]
-        pairs = ctx.pairs
-        last = pairs[-1]
-        gradients = [output.T @ last[0], output.sum(0), value.T @ last[1], value.sum(0)]
-        flow = torch.empty_like(last)
-        torch.mm(output, policy_weight, out=flow[0])
-        torch.mm(value, value_weight, out=flow[1])
-        for index in reversed(range(len(pairs) - 1)):
-            flow = torch.ops.aten.tanh_backward(flow, pairs[index + 1])  # flow · (1 − y²)
-            gradients = [torch.bmm(pairs[index].mT, flow), flow.sum(1, keepdim=True), *gradients]
+            return (*found, None) if ctx.needs_input_grad[0] else (None, *found, None)
+        of_weights, of_biases = torch.empty_like(weights), torch.empty_like(biases)
+        each_weight, each_bias = networks.cut(of_weights, of_biases)
+        flow = torch.empty_like(ctx.pairs[-1])
+        for which, gradient in enumerate((output, value)):
+            head = which - 2
+            torch.mm(gradient.T, ctx.pairs[-1][which], out=each_weight[head])
+            torch.sum(gradient, 0, out=each_bias[head])
+            torch.mm(gradient, ctx.weights[head], out=flow[which])
+        for index in reversed(range(len(ctx.pairs) - 1)):
+            flow = torch.ops.aten.tanh_backward(flow, ctx.pairs[index + 1])  # flow · (1 − y²)
+            torch.bmm(ctx.pairs[index].mT, flow, out=each_weight[index])
+            torch.sum(flow, 1, keepdim=True, out=each_bias[index])
             if index or ctx.needs_input_grad[0]:
-                flow = torch.bmm(flow, hidden[2 * index].mT)
-        return (flow.sum(0) if ctx.needs_input_grad[0] else None, *gradients)
+                flow = torch.bmm(flow, ctx.weights[index].mT)
+        if networks.value_rate != 1:
+            of_weights, of_biases = of_weights * networks.weight_rates, of_biases * networks.bias_rates
+        return flow.sum(0) if ctx.needs_input_grad[0] else None, of_weights, of_biases, None
 
 
 class NatureCNN(nn.Module):

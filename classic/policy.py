@@ -105,7 +105,7 @@ class Policy(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return self.networks.value_head.weight.device
+        return self.networks.weights.device
 
     def forward(
         self,
@@ -162,8 +162,8 @@ class Policy(nn.Module):
             self.normalizer.update(inputs["vector" if "vector" in inputs else "observations"], mask)
 
     def keep_policy_still(self) -> None:
-        """Forgets the gradients of all parameters but the value function's own."""
-        own = {id(p) for p in (*self.networks.hidden.parameters(), *self.networks.value_head.parameters())}
+        """Forgets the gradients of all parameters but those that the value function shares only in memory."""
+        own = {id(parameter) for parameter in self.networks.parameters()}
         for parameter in self.parameters():
             if id(parameter) not in own:
                 parameter.grad = None

@@ -114,8 +114,7 @@ def _fit_values(
 ) -> float:
     """Regresses the value head's own parameters onto the returns; → the last pass's mean loss."""
     rows = experience if policy.core is not None else experience.by_step()
-    hidden = list(policy.networks.hidden.values())
-    policy_half = [parameter[0].detach().clone() for parameter in hidden]
+    still = [part.detach().clone() for part in policy.networks.policy_layers()]
     size = max(1, len(rows) // VALUE_MINIBATCHES)
     generator = keyed_generator(*seed, "value")
     losses: list[Tensor] = []
@@ -131,8 +130,8 @@ def _fit_values(
             losses.append(loss.detach())
     optimizer.zero_grad()
     with torch.no_grad():  # no gradient moves the policy, but weight decay does
-        for parameter, half in zip(hidden, policy_half, strict=True):
-            parameter[0] = half
+        for part, before in zip(policy.networks.policy_layers(), still, strict=True):
+            part.copy_(before)
     return torch.stack(losses).mean().item()
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -56,25 +57,28 @@ def ppo_update(
     sum_across = identity if alone else accelerator.reduce
     raw = getattr(optimizer, "optimizer", optimizer)
     fused = alone and raw.defaults.get("fused")
-    parameters = list(policy.parameters())
+    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    compiled = alone and settings.compile
+    gradient_of = _compiled_gradient if compiled else _gradient
+    loss_settings = _loss_settings(settings, kl_penalty_coef, kl_divergence, experience.mask.device)
     history: list[Tensor] = []
     names: list[str] = []
-    for minibatch in _minibatches(experience, size, settings, sum_across, generator):
-        statistics = _accumulate_gradient(
-            policy, minibatch, settings, accelerator, kl_penalty_coef, kl_divergence, mean_across
-        )
-        names = list(statistics)
-        means = mean_across(torch.stack(list(statistics.values())))
-        # All processes see the reduced value and stop together, or the next all-reduce would wait forever.
-        if settings.target_kl is not None and means[names.index("policy/approx_kl")] > 1.5 * settings.target_kl:
+    with _tracing_gradients() if compiled else contextlib.nullcontext():
+        for minibatch, count in _minibatches(experience, size, settings, sum_across, mean_across, generator):
+            pieces = list(minibatch.split(settings.micro_batch_size or size))
+            statistics = gradient_of(policy, pieces, loss_settings, count, None if alone else accelerator)
+            names = list(statistics)
+            means = mean_across(torch.stack(list(statistics.values())))
+            # All processes see the reduced value and stop together, or the next all-reduce would wait forever.
+            if settings.target_kl is not None and means[names.index("policy/approx_kl")] > 1.5 * settings.target_kl:
+                raw.zero_grad()
+                break
+            if fused:
+                grad_norm = _fused_step(raw, parameters, settings.max_grad_norm)
+            else:
+                grad_norm = _step(optimizer, parameters, settings.max_grad_norm, accelerator)
             raw.zero_grad()
-            break
-        if fused:
-            grad_norm = _fused_step(raw, parameters, settings.max_grad_norm)
-        else:
-            grad_norm = _step(optimizer, parameters, settings.max_grad_norm, accelerator)
-        raw.zero_grad()
-        history.append(torch.cat([means, grad_norm.to(means).reshape(1)]))
+            history.append(torch.cat([means, grad_norm.to(means).reshape(1)]))
 
     steps = torch.stack(history) if history else torch.zeros(0, len(names) + 1)
     finite = steps[:, -1].isfinite()
@@ -109,65 +113,102 @@ def measured_kl(
 
 
 def _minibatches(
-    experience: Experience, size: int, settings: PPOSettings, sum_across: SumAcross, generator: torch.Generator
-) -> Iterator[Experience]:
+    experience: Experience,
+    size: int,
+    settings: PPOSettings,
+    sum_across: SumAcross,
+    mean_across: SumAcross,
+    generator: torch.Generator,
+) -> Iterator[tuple[Experience, Tensor]]:
+    """All epochs' minibatches, each with its count: decisions across processes ÷ processes, since DDP averages."""
+
+    def prepared(minibatch: Experience) -> tuple[Experience, Tensor]:
+        if settings.normalize_minibatches:
+            advantages = whiten(minibatch.advantages, minibatch.mask, sum_across=sum_across)
+            minibatch = replace(minibatch, advantages=advantages)
+        return minibatch, _global_count(minibatch, mean_across)
+
+    if size == len(experience):  # no order of the rows changes a sum
+        yield from itertools.repeat(prepared(experience), settings.num_epochs)
+        return
     for _ in range(settings.num_epochs):
         for minibatch in experience.shuffled(size, generator):
-            if settings.normalize_minibatches:
-                advantages = whiten(minibatch.advantages, minibatch.mask, sum_across=sum_across)
-                minibatch = replace(minibatch, advantages=advantages)
-            yield minibatch
+            yield prepared(minibatch)
 
 
-def _accumulate_gradient(
+def _loss_settings(
+    settings: PPOSettings, kl_penalty_coef: float, kl_divergence: KLDivergence | None, device: torch.device
+) -> dict[str, Any]:
+    """The keyword arguments of `ppo_loss` that stay the same in an update."""
+    changing = {"clip_range": settings.clip_range, "kl_penalty_coef": kl_penalty_coef}
+    if settings.compile:  # a number that differs from update to update would be compiled in, anew each time
+        changing = {name: torch.tensor(x, device=device) if x else x for name, x in changing.items()}
+    return {
+        **changing,
+        "kl_divergence": kl_divergence,
+        "dual_clip": settings.dual_clip,
+        "value_clip_range": settings.value_clip_range,
+        "value_coef": settings.value_coef,
+        "entropy_coef": settings.entropy_coef,
+    }
+
+
+def _gradient(
     policy: nn.Module,
-    minibatch: Experience,
-    settings: PPOSettings,
-    accelerator: Accelerator,
-    kl_penalty_coef: float,
-    kl_divergence: KLDivergence | None,
-    mean_across: SumAcross,
+    pieces: Sequence[Experience],
+    loss_settings: dict[str, Any],
+    count: Tensor,
+    accelerator: Accelerator | None,
 ) -> dict[str, Tensor]:
-    """Adds the minibatch's gradient to the parameters', micro-batch by micro-batch; → its summed statistics."""
-    count = _global_count(minibatch, mean_across)
-    pieces = list(minibatch.split(settings.micro_batch_size or len(minibatch)))
-    loss_of = _compiled_loss() if settings.compile else _loss
+    """Adds a minibatch's gradient to the parameters', micro-batch by micro-batch; → its summed statistics.
+
+    accelerator: None in a process that works alone, without a loss scaler.
+    """
     totals: dict[str, Tensor] = {}
     for index, piece in enumerate(pieces):
         last = index == len(pieces) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(policy):
-            loss, statistics = loss_of(policy, piece, settings, kl_penalty_coef, kl_divergence, count)
-            accelerator.backward(loss)
-        totals = {name: totals[name] + value for name, value in statistics.items()} if totals else statistics
+        with contextlib.nullcontext() if accelerator is None or last else accelerator.no_sync(policy):
+            loss, statistics = ppo_loss(policy(**piece.inputs), piece, **loss_settings, count=count)
+            loss.backward() if accelerator is None else accelerator.backward(loss)
+        totals = _summed(totals, statistics)
     return totals
 
 
-def _loss(
-    policy: nn.Module,
-    experience: Experience,
-    settings: PPOSettings,
-    kl_penalty_coef: float,
-    kl_divergence: KLDivergence | None,
-    count: Tensor,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The forward pass and the loss: what torch.compile fuses."""
-    return ppo_loss(
-        policy(**experience.inputs),
-        experience,
-        clip_range=settings.clip_range,
-        dual_clip=settings.dual_clip,
-        value_clip_range=settings.value_clip_range,
-        value_coef=settings.value_coef,
-        entropy_coef=settings.entropy_coef,
-        kl_penalty_coef=kl_penalty_coef,
-        kl_divergence=kl_divergence,
-        count=count,
-    )
+def _compiled_gradient(
+    policy: nn.Module, pieces: Sequence[Experience], loss_settings: dict[str, Any], count: Tensor, _: None
+) -> dict[str, Tensor]:
+    """The same of a process that works alone, forward and backward pass compiled into one graph."""
+    totals: dict[str, Tensor] = {}
+    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    for piece in pieces:
+        gradients, statistics = _compiled_loss_gradient()(policy, parameters, piece, loss_settings, count)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        totals = _summed(totals, statistics)
+    return totals
+
+
+def _tracing_gradients() -> contextlib.AbstractContextManager[None]:
+    """Lets torch.compile take the backward pass into the same graph as the forward pass."""
+    from torch._dynamo import config
+
+    return config.patch(trace_autograd_ops=True)
 
 
 @functools.cache
-def _compiled_loss() -> Any:
-    return torch.compile(_loss)
+def _compiled_loss_gradient() -> Any:
+    return torch.compile(_loss_gradient)
+
+
+def _loss_gradient(
+    policy: nn.Module, parameters: list[nn.Parameter], piece: Experience, loss_settings: dict[str, Any], count: Tensor
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    loss, statistics = ppo_loss(policy(**piece.inputs), piece, **loss_settings, count=count)
+    return torch.autograd.grad(loss, parameters, allow_unused=True), statistics
+
+
+def _summed(totals: dict[str, Tensor], statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: totals[name] + value for name, value in statistics.items()} if totals else statistics
 
 
 def _step(optimizer: Any, parameters: list[nn.Parameter], max_grad_norm: float, accelerator: Accelerator) -> Tensor:

@@ -19,6 +19,14 @@ from ppo_rlhf.core.types import Evaluation, Experience
 
 Count = Tensor | float | None
 
+STATISTICS = (
+    "loss/policy",
+    "loss/value",
+    "objective/entropy",
+    "policy/approx_kl",  # k3 of KL(old‖new)
+    "policy/clip_fraction",
+    "policy/ratio",
+)
 MAX_LOG_RATIO = 80.0  # e^80 is finite in float32; beyond e^88 a clipped loss would have the gradient 0 · inf = NaN
 
 
@@ -55,7 +63,8 @@ def value_loss(
 
     All (B, T) → scalar. The ½ and the maximum are those of OpenAI's baselines and lm-human-preferences (range 0.2).
     """
-    return masked_mean(_value_terms(values, old_values, returns, mask, clip_range), mask, count=count)
+    error = torch.where(mask, values - returns, 0)
+    return masked_mean(_value_terms(error, values, old_values, returns, mask, clip_range), mask, count=count)
 
 
 def ppo_loss(
@@ -83,39 +92,74 @@ def ppo_loss(
     micro-batches). `policy/approx_kl` is the k3 estimate of KL(old‖new), in nats per decision.
     """
     mask = experience.mask
-    zero = evaluation.logprobs.new_zeros(())  # a tensor: torch.where converts a Python number at each call
     total = mask.sum() if count is None else torch.as_tensor(count, device=mask.device)
-    share = (mask.to(zero.dtype) / torch.where(total > 0, total, 1)).flatten()  # of each decision in the mean
-
-    log_ratio = torch.where(mask, evaluation.logprobs - experience.logprobs, zero)
-    ratio = _ratio(log_ratio)
-    policy = _policy_terms(ratio, torch.where(mask, experience.advantages, zero), clip_range, dual_clip)
-    policy = _mean(policy, share)
-    value = _value_terms(evaluation.values, experience.values, experience.returns, mask, value_clip_range)
-    value = _mean(value, share)
-    entropy = torch.where(mask, evaluation.entropy, zero)
-    loss = policy + value_coef * value
-    if entropy_coef:
-        loss = loss - entropy_coef * _mean(entropy, share)
-    if kl_penalty_coef:
+    share = mask.to(evaluation.logprobs.dtype) / torch.where(total > 0, total, 1)  # of each decision in the mean
+    loss, means = _LossWithGradient.apply(
+        *evaluation[:3],
+        *(experience.logprobs, experience.values, experience.advantages, experience.returns, mask, share),
+        *(clip_range, dual_clip, value_clip_range, value_coef, entropy_coef),
+    )
+    if torch.is_tensor(kl_penalty_coef) or kl_penalty_coef:
         loss = loss + kl_penalty_coef * kl_old_new(evaluation, experience, kl_divergence=kl_divergence, count=count)
-
-    with torch.no_grad():
-        change = torch.expm1(log_ratio)
-        watched = {
-            "objective/entropy": entropy,
-            "policy/approx_kl": change - log_ratio,  # k3 of KL(old‖new)
-            "policy/clip_fraction": (change.abs() > (torch.inf if clip_range is None else clip_range)).to(share.dtype),
-            "policy/ratio": change + 1,
-        }
-        means = _mean(torch.stack(list(watched.values())), share)
-    statistics = {"loss/policy": policy.detach(), "loss/value": value.detach()}
-    return loss, {**statistics, **dict(zip(watched, means.unbind(), strict=True))}
+    return loss, dict(zip(STATISTICS, means.unbind(), strict=True))
 
 
-def _mean(x: Tensor, share: Tensor) -> Tensor:
-    """Σ share · x over the decisions (B, T), also of several x (K, B, T) at once."""
-    return x.flatten(-2) @ share.to(x.dtype)
+class _LossWithGradient(torch.autograd.Function):
+    """The loss without a KL penalty, its gradient and the statistics in one pass, from the terms of each decision.
+
+    Where it is not clipped, a decision's loss −A·ρ is its own derivative in log π; the value's is V − R. On the small
+    batches of control this takes a third of the time that autograd's own graph does.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logprobs: Tensor,
+        entropy: Tensor,
+        values: Tensor,
+        old_logprobs: Tensor,
+        old_values: Tensor,
+        advantages: Tensor,
+        returns: Tensor,
+        mask: Tensor,
+        share: Tensor,
+        clip_range: float | None,
+        dual_clip: float | None,
+        value_clip_range: float | None,
+        value_coef: float,
+        entropy_coef: float,
+    ) -> tuple[Tensor, Tensor]:
+        zero = logprobs.new_zeros(())  # a tensor: torch.where converts a Python number at each call
+        ctx.set_materialize_grads(False)
+        log_ratio = torch.where(mask, logprobs - old_logprobs, zero)
+        change = torch.expm1(log_ratio.clamp(max=MAX_LOG_RATIO))
+        ratio = change + 1
+        advantages = torch.where(mask, advantages, zero)
+        policy = _policy_terms(ratio, advantages, clip_range, dual_clip)
+        error = torch.where(mask, values - returns, zero)
+        value = _value_terms(error, values, old_values, returns, mask, value_clip_range)
+        entropy = torch.where(mask, entropy, zero)
+
+        outside = change.abs() > (torch.inf if clip_range is None else clip_range)
+        rows = torch.stack([policy, value, entropy, change - log_ratio, outside.to(share.dtype), ratio])
+        means = rows.flatten(1) @ share.flatten()
+
+        clipped = (policy + advantages * ratio).abs() > 0  # and not where it is NaN, which a gradient must show
+        policy_slope = torch.where(clipped, zero, policy)
+        value_slope = error
+        if value_clip_range is not None:  # the clipped square, where it is the larger, does not move with V
+            held = (value > 0.5 * error.square()) & ((values - old_values).abs() > value_clip_range)
+            value_slope = torch.where(held, zero, error)
+        entropy_slope = -entropy_coef * share if entropy_coef else None
+        ctx.save_for_backward(policy_slope * share, entropy_slope, value_coef * share * value_slope)
+        ctx.mark_non_differentiable(means)
+        loss = torch.add(means[0], means[1], alpha=value_coef)
+        return torch.sub(loss, means[2], alpha=entropy_coef) if entropy_coef else loss, means
+
+    @staticmethod
+    def backward(ctx: Any, loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        slopes = [None if slope is None or loss is None else slope * loss for slope in ctx.saved_tensors]
+        return (*slopes, *[None] * 11)
 
 
 def _ratio(log_ratio: Tensor) -> Tensor:
@@ -125,24 +169,23 @@ def _ratio(log_ratio: Tensor) -> Tensor:
 
 def _policy_terms(ratio: Tensor, advantages: Tensor, clip_range: float | None, dual_clip: float | None) -> Tensor:
     """The clipped objective's loss of each decision."""
-    if clip_range is not None:  # max(−A·ρ, −A·clip(ρ)): only the bound that would reward going on is felt
-        free = torch.full_like(advantages, torch.inf)
-        lower = torch.where(advantages < 0, 1 - clip_range, -free)
-        upper = torch.where(advantages > 0, 1 + clip_range, free)
-        ratio = ratio.clamp(lower, upper)
-    loss = -advantages * ratio
+    gains = -advantages
+    loss = gains * ratio
+    if clip_range is not None:
+        loss = torch.maximum(loss, gains * ratio.clamp(1 - clip_range, 1 + clip_range))
     if dual_clip is not None:
-        loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+        loss = torch.where(advantages < 0, torch.minimum(loss, dual_clip * gains), loss)
     return loss
 
 
-def _value_terms(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float | None) -> Tensor:
-    """The value loss of each decision, 0 where none was made."""
-    zero = values.new_zeros(())
-    loss = torch.where(mask, values - returns, zero).square()
+def _value_terms(
+    error: Tensor, values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float | None
+) -> Tensor:
+    """The value loss of each decision, 0 where none was made. error: V − R there."""
+    loss = error.square()
     if clip_range is not None:
         clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
-        loss = torch.maximum(loss, torch.where(mask, clipped - returns, zero).square())
+        loss = torch.maximum(loss, torch.where(mask, clipped - returns, 0).square())
     return 0.5 * loss
 
 

@@ -19,6 +19,7 @@ from classic.evaluate import Evaluator, Outcome
 from classic.policy import Policy
 from classic.settings import NetworkSettings
 from classic.spaces import Box, Discrete
+from ppo_rlhf.errors import UserError
 
 MODES = ["next_step", "same_step", "disabled"]
 
@@ -83,6 +84,19 @@ def test_as_many_episodes_are_played_as_asked_for(episodes, most, mode, monkeypa
     assert found.returns.shape == (episodes,)
 
 
+def test_a_process_an_environment_makes_a_few_processes_and_not_one_an_episode(monkeypatch):
+    made = []
+
+    def noted(env, *, num_envs, vectorization, **settings):
+        made.append(num_envs)
+        return make_environments(env, num_envs=num_envs, **settings)
+
+    monkeypatch.setattr(classic.evaluate, "make_environments", noted)
+    found = outcome_of(cases.Guess, 30, vectorization="async")
+    assert made == [8]
+    assert found.returns.shape == (30,)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_short_episodes_do_not_crowd_out_long_ones(mode, monkeypatch):
     monkeypatch.setattr(classic.evaluate, "MOST_ENVS", 20)
@@ -136,6 +150,24 @@ def test_episodes_may_be_cut_off_earlier():
     assert outcome_of(Endless, 2, max_episode_steps=9).lengths.tolist() == [9, 9]
 
 
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_an_environment_that_cannot_be_used_is_closed(vectorization):
+    left_open = []
+
+    class Odd(Lengths):
+        observation_space = spaces.Text(3)
+
+        def __init__(self) -> None:
+            left_open.append(self)
+
+        def close(self) -> None:
+            left_open.remove(self)
+
+    with pytest.raises(UserError, match="Text"):
+        Evaluator(Odd, episodes=3, seed=0, settings=EnvironmentSettings(vectorization=vectorization))
+    assert left_open == []
+
+
 def test_returns_are_raw_whatever_the_policy_was_trained_with():
     policy = policy_for(Lengths)
     scaled = Policy(policy.observation_space, policy.action_space, normalize_observations=True, reward_gamma=0.9)
@@ -169,7 +201,7 @@ class Answers(Policy):
 def test_memories_begin_anew_with_every_episode(mode, monkeypatch):
     monkeypatch.setattr(classic.evaluate, "MOST_ENVS", 4)
     policy = Answers()
-    torch.nn.init.eye_(policy.networks.policy_head.weight)
+    torch.nn.init.eye_(policy.networks.layers()[0][-2].data)
     found = outcome_of(cases.Remember, 40, policy, autoreset=mode)
     assert found.returns.tolist() == [1] * 40
     assert torch.stack(policy.seen).max() == 1  # one cue, never two

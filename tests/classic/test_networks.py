@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 
 import control_cases as cases
@@ -31,19 +33,28 @@ def twin_of(hidden_sizes=(5, 4), *, num_inputs=3, num_outputs=2, **settings):
 def plain_of(network, hidden_sizes, num_inputs=3):
     """(policy, value) as two nn.Sequential with the same weights, None for activations that are another's."""
     activation = next(kind for name, kind in ACTIVATIONS.items() if network.activation.__name__ == name)
+    weights, biases = network.layers()
     found = []
-    for which, head in enumerate((network.policy_head, network.value_head)):
+    for which in range(2):
         layers, size = [], num_inputs
         for index, width in enumerate(hidden_sizes):
-            layer = nn.Linear(size, width).double()
-            layer.weight.data = network.hidden[f"weight_{index}"][which].detach().T.clone()
-            layer.bias.data = network.hidden[f"bias_{index}"][which, 0].detach().clone()
-            layers += [layer, activation()]
+            layers += [linear(weights[index][which].T, biases[index][which, 0]), activation()]
             size = width
-        last = nn.Linear(size, head.out_features).double()
-        last.load_state_dict(head.state_dict())
-        found.append(nn.Sequential(*layers, last))
+        found.append(nn.Sequential(*layers, linear(weights[which - 2], biases[which - 2])))
+        assert found[-1][-1].in_features == size
     return found
+
+
+def linear(weight, bias):
+    """nn.Linear with copies of these."""
+    layer = nn.Linear(*reversed(weight.shape)).double()
+    layer.weight.data, layer.bias.data = weight.detach().clone(), bias.detach().clone()
+    return layer
+
+
+def gradients_of(network):
+    """The parameters' gradients in the shapes of `layers`."""
+    return network.cut(network.weights.grad, network.biases.grad)
 
 
 @SHAPES
@@ -51,20 +62,19 @@ def plain_of(network, hidden_sizes, num_inputs=3):
 def test_the_gradient_by_hand_is_autograd_s(hidden_sizes, of_the_input):
     network = twin_of(hidden_sizes)
     x = randn(7, 3).requires_grad_(of_the_input)
-    arguments = (x, *network.hidden.parameters(), *network._heads())
+    arguments = (x, network.weights, network.biases)
 
     def by_hand(*arguments):
-        return _TwinTanh.apply(*arguments)[:2]  # the features are for variances, which send no gradient into them
+        return _TwinTanh.apply(*arguments, network)[:2]  # the features' variances send no gradient into them
 
     assert gradcheck(by_hand, arguments)
     assert gradgradcheck(by_hand, arguments)
-    hidden = list(network.hidden.parameters())
-    expected = _twin(x, hidden, network._heads(), torch.tanh)
-    for ours, theirs in zip(_TwinTanh.apply(*arguments), expected, strict=True):
+    expected = _twin(x, *network.layers(), torch.tanh)
+    for ours, theirs in zip(_TwinTanh.apply(*arguments, network), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
     weights = [randn(7, 2, seed=1), randn(7, 1, seed=2)]
     wanted = [tensor for tensor in arguments if tensor.requires_grad]
-    ours = torch.autograd.grad(_TwinTanh.apply(*arguments)[:2], wanted, weights)
+    ours = torch.autograd.grad(by_hand(*arguments), wanted, weights)
     theirs = torch.autograd.grad(expected[:2], wanted, weights)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
@@ -83,12 +93,14 @@ def test_twin_networks_are_two_plain_ones(hidden_sizes, activation):
     # One step of the sum of both losses: each network feels its own.
     (output.square().sum() + values.sin().sum()).backward()
     (policy(x).square().sum() + value(x).sin().sum()).backward()
+    weights, biases = gradients_of(network)
     for which, plain in enumerate((policy, value)):
-        for index, layer in enumerate([layer for layer in plain if isinstance(layer, nn.Linear)][:-1]):
-            ours = network.hidden[f"weight_{index}"].grad[which].T
-            torch.testing.assert_close(ours, layer.weight.grad, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(network.value_head.weight.grad, value[-1].weight.grad, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(network.policy_head.bias.grad, policy[-1].bias.grad, rtol=1e-10, atol=1e-10)
+        *hidden, head = [layer for layer in plain if isinstance(layer, nn.Linear)]
+        for index, layer in enumerate(hidden):
+            torch.testing.assert_close(weights[index][which].T, layer.weight.grad, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(biases[index][which, 0], layer.bias.grad, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(weights[which - 2], head.weight.grad, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(biases[which - 2], head.bias.grad, rtol=1e-10, atol=1e-10)
 
 
 def test_large_batches_are_evaluated_as_small_ones_are():
@@ -105,8 +117,9 @@ def test_a_network_without_hidden_layers_is_linear():
     network = twin_of(())
     x = randn(7, 3)
     output, values, features = network(x)
-    torch.testing.assert_close(output, network.policy_head(x))
-    torch.testing.assert_close(values, network.value_head(x).squeeze(-1))
+    policy, value = plain_of(network, ())
+    torch.testing.assert_close(output, policy(x))
+    torch.testing.assert_close(values, value(x).squeeze(-1))
     assert torch.equal(features, x)
 
 
@@ -127,22 +140,21 @@ def assert_orthogonal(weight, gain):
 
 def test_weights_begin_orthogonal_and_biases_at_zero():
     network = TwinMLP(6, (8, 5), 3, policy_head_gain=0.01)
-    for index in range(2):
-        weights = network.hidden[f"weight_{index}"].detach()
-        for weight in weights:
+    weights, biases = network.layers()
+    for twins in weights[:2]:
+        for weight in twins.detach():
             assert_orthogonal(weight, math.sqrt(2))
-        assert not torch.equal(*weights)  # two networks, not one twice
-        assert not network.hidden[f"bias_{index}"].any()
-    assert_orthogonal(network.policy_head.weight.detach(), 0.01)
-    assert_orthogonal(network.value_head.weight.detach(), 1.0)
-    assert not network.policy_head.bias.any()
-    assert not network.value_head.bias.any()
+        assert not torch.equal(*twins)  # two networks, not one twice
+    assert_orthogonal(weights[-2].detach(), 0.01)
+    assert_orthogonal(weights[-1].detach(), 1.0)
+    assert not any(bias.any() for bias in biases)
 
 
 def test_without_orthogonal_weights_layers_begin_as_torch_makes_them():
     network = TwinMLP(6, (8,), 3, orthogonal=False)
-    assert network.hidden["bias_0"].any()
-    assert network.hidden["weight_0"].abs().max() <= 1 / math.sqrt(6)
+    weights, biases = network.layers()
+    assert biases[0].any()
+    assert weights[0].abs().max() <= 1 / math.sqrt(6)
 
 
 # --- recurrent -------------------------------------------------------------------------------------------------------
@@ -241,16 +253,43 @@ def test_a_value_rate_changes_nothing_but_how_far_adam_moves_the_value_function(
         networks = TwinMLP(3, (5, 4), 2, value_rate=rate).double()
         x = torch.randn(7, 3, dtype=torch.float64)
         optimizer = torch.optim.Adam(networks.parameters(), lr=1e-3, eps=0.0)
-        before = [each.detach().clone() for each in (*networks._layers(), *networks._heads())]
+        before = [each.detach().clone() for each in itertools.chain(*networks.layers())]
         output, value, _ = networks(x)
         moved[rate, "outputs"] = torch.cat([output, value[:, None]], dim=1).detach()
         (output.square().sum() + value.square().sum()).backward()
         optimizer.step()
-        after = (*networks._layers(), *networks._heads())
+        after = itertools.chain(*networks.layers())
         moved[rate] = [(new.detach() - old).abs() for new, old in zip(after, before, strict=True)]
     torch.testing.assert_close(moved[10.0, "outputs"], moved[1.0, "outputs"])
-    for slow, fast in zip(moved[1.0][:4], moved[10.0][:4], strict=True):  # the twin layers
-        torch.testing.assert_close(fast[0], slow[0])
-        torch.testing.assert_close(fast[1], 10 * slow[1])
-    for slow, fast, factor in zip(moved[1.0][4:], moved[10.0][4:], (1, 1, 10, 10), strict=True):  # the heads
-        torch.testing.assert_close(fast, factor * slow)
+    for start in (0, 4):  # weights, then biases: two twin layers, the policy's head, the value's
+        pairs = list(zip(moved[1.0][start : start + 4], moved[10.0][start : start + 4], strict=True))
+        for slow, fast in pairs[:2]:
+            torch.testing.assert_close(fast[0], slow[0])
+            torch.testing.assert_close(fast[1], 10 * slow[1])
+        for (slow, fast), factor in zip(pairs[2:], (1, 10), strict=True):
+            torch.testing.assert_close(fast, factor * slow)
+
+
+@pytest.mark.parametrize("value_rate", [1.0, 10.0])
+def test_acting_follows_the_parameters_wherever_they_are_moved(value_rate):
+    """Views that are kept for acting must not outlive an optimizer's step, a load, a copy or a change of dtype."""
+    network = TwinMLP(3, (5, 4), 2, policy_head_gain=1.0, value_rate=value_rate)
+    x = randn(7, 3, dtype=torch.float32)
+
+    def assert_alike(network, x):
+        with_gradient = network(x)[:2]
+        with torch.no_grad():
+            without = network(x)[:2]
+        for one, other in zip(with_gradient, without, strict=True):
+            torch.testing.assert_close(one, other)
+        return without[0]
+
+    first = assert_alike(network, x)
+    twin = copy.deepcopy(network)
+    with torch.no_grad():
+        network.weights.mul_(2)
+    assert not torch.allclose(assert_alike(network, x), first)
+    torch.testing.assert_close(assert_alike(twin, x), first)
+    twin.load_state_dict(network.state_dict())
+    torch.testing.assert_close(assert_alike(twin, x), assert_alike(network, x))
+    torch.testing.assert_close(assert_alike(network.double(), x.double()).float(), assert_alike(twin, x))
