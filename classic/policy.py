@@ -257,14 +257,15 @@ def load(path: str | Path, *, encoder: nn.Module | None = None) -> Policy:
             name = description["own_encoder"]
             raise UserError(f"{folder} holds a policy with your own encoder {name}: load(…, encoder={name}(…)).")
         network: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in description["network"].items()}
-        policy = Policy(
-            from_plain(description["observation_space"]),
-            from_plain(description["action_space"]),
-            NetworkSettings(**network),
-            normalize_observations=description["normalize_observations"],
-            reward_gamma=description["reward_gamma"],
-            encoder=encoder,
-        )
+        with torch.random.fork_rng(devices=[]):  # what is drawn is overwritten, and shall cost the caller no numbers
+            policy = Policy(
+                from_plain(description["observation_space"]),
+                from_plain(description["action_space"]),
+                NetworkSettings(**network),
+                normalize_observations=description["normalize_observations"],
+                reward_gamma=description["reward_gamma"],
+                encoder=encoder,
+            )
         policy.load_state_dict(load_file(folder / "policy.safetensors"))
     except UserError:
         raise

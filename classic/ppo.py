@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from classic.config import TrainConfig
-from classic.envs import IN_TORCH, make_environments
+from classic.envs import IN_TORCH, Environments, make_environments
 from classic.evaluate import Evaluator
 from classic.policy import Policy, load, require_spaces
 from classic.presets import preset_for
@@ -93,14 +94,16 @@ def run(
     if start is None:
         return load(str(config.output_dir)), {"finished": config.output_dir}
     learner = learner_of(config, env, policy, start.accelerator)
-    judge = Evaluator(
-        env,
-        episodes=config.eval_episodes,
-        seed=keyed_seed(config.seed, "evaluation"),
-        settings=config.environment,
-        device=learner.policy.device,
-    )
-    try:
+    with contextlib.ExitStack() as closing:
+        closing.callback(learner.collector.envs.close)
+        judge = Evaluator(
+            env,
+            episodes=config.eval_episodes,
+            seed=keyed_seed(config.seed, "evaluation"),
+            settings=config.environment,
+            device=learner.policy.device,
+        )
+        closing.callback(judge.close)
         with start.run(num_steps=config.num_updates) as folder:
             state = folder.resume()
             if state is None:
@@ -116,9 +119,6 @@ def run(
                 state = evaluated(folder, learner, judge, state)
             folder.save_model("policy", learner.policy.save)
             return learner.policy.eval(), folder.finish(summary_of(state, config))
-    finally:
-        judge.close()
-        learner.collector.envs.close()
 
 
 def asks_for_more(config: TrainConfig) -> bool:
@@ -155,7 +155,7 @@ def improve(learner: Learner, state: LoopState) -> tuple[LoopState, dict[str, fl
     metrics = {
         **episode_metrics(trajectory, experience),
         **statistics,
-        "kl_coef": state.kl_coef,
+        "kl_coef": state.kl_coef if penalizes(config) else 0.0,
         "lr": learner.optimizer.param_groups[0]["lr"],
         "steps": (state.step + 1) * steps,
         "steps_per_second": steps / (time.perf_counter() - started),
@@ -171,7 +171,7 @@ def update(learner: Learner, experience: Experience, state: LoopState) -> tuple[
             policy, learner.optimizer, experience, config.trust_region, seed=(config.seed, state.step)
         )
         return statistics, state.kl_coef
-    penalized = config.algorithm in ("penalty", "fixed")
+    penalized = penalizes(config)
     remaining = 1 - state.step / config.num_updates if config.clip_schedule == "linear" else 1
     clip_range = config.ppo.clip_range
     settings = replace(
@@ -200,6 +200,11 @@ def update(learner: Learner, experience: Experience, state: LoopState) -> tuple[
         state.kl_coef, kl, target=rule.kl_target, minimum=rule.minimum, maximum=rule.maximum
     )
     return {**statistics, "policy/kl": kl}, kl_coef
+
+
+def penalizes(config: TrainConfig) -> bool:
+    """Whether the loss has a KL penalty, with an adapted or a fixed β."""
+    return config.algorithm in ("penalty", "fixed")
 
 
 def episode_metrics(trajectory: Trajectory, experience: Experience) -> dict[str, float]:
@@ -267,20 +272,28 @@ def learner_of(config: TrainConfig, env: EnvironmentMaker, policy: Policy | None
         device=accelerator.device,
         **config.environment.arguments(),
     )
-    if policy is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(keyed_seed(config.seed, "policy"))  # and no GPU's
-            policy = Policy(
-                envs.observation_space,
-                envs.action_space,
-                config.network,
-                normalize_observations=config.normalize_observations,
-                reward_gamma=config.gamma if config.normalize_rewards else None,
-            )
-    require_spaces(policy, envs, config.env_id)
-    optimizer = make_optimizer(policy.to(accelerator.device), config.optimizer)
-    policy, optimizer = accelerator.prepare(policy, optimizer)
-    return Learner(config, policy, optimizer, Collector(envs, policy), accelerator)
+    try:
+        policy = policy or new_policy(config, envs)
+        require_spaces(policy, envs, config.env_id)
+        optimizer = make_optimizer(policy.to(accelerator.device), config.optimizer)
+        policy, optimizer = accelerator.prepare(policy, optimizer)
+        return Learner(config, policy, optimizer, Collector(envs, policy), accelerator)
+    except BaseException:
+        envs.close()
+        raise
+
+
+def new_policy(config: TrainConfig, envs: Environments) -> Policy:
+    """The policy that the run's seed gives, whatever torch's global generator stands at."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(keyed_seed(config.seed, "policy"))  # and no GPU's
+        return Policy(
+            envs.observation_space,
+            envs.action_space,
+            config.network,
+            normalize_observations=config.normalize_observations,
+            reward_gamma=config.gamma if config.normalize_rewards else None,
+        )
 
 
 def device_of(config: TrainConfig, env: EnvironmentMaker) -> str:

@@ -245,7 +245,9 @@ def test_unbounded_boxes_come_back(tmp_path):
 def test_a_policy_is_loaded_from_the_run_around_it(tmp_path):
     policy = policy_of()
     policy.save(tmp_path / "policy")
+    generator = torch.get_rng_state()
     assert cases.same(cases.copied(load(tmp_path)), cases.copied(policy))
+    assert torch.equal(torch.get_rng_state(), generator)  # loading costs the caller no random numbers
     assert classic.load is load
 
 

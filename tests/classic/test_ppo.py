@@ -183,6 +183,21 @@ def test_environments_are_closed_whatever_happens(monkeypatch):
     assert len(closed) == 4
 
 
+def test_environments_are_closed_when_the_policy_does_not_fit_them(monkeypatch):
+    closed = []
+    monkeypatch.setattr(cases.Guess, "close", lambda self: closed.append(self))
+    policy = train("CartPole-v1", num_steps=ROLLOUT, config=cases.config_of())
+    with pytest.raises(UserError, match="another environment"):
+        train(cases.Guess, config=cases.config_of(), policy=policy)
+    assert len(closed) == 4
+
+
+@pytest.mark.parametrize(("algorithm", "kl_coef"), [("clip", 0.0), ("fixed", 1.0)])
+def test_the_coefficient_is_that_of_the_loss(algorithm, kl_coef):
+    learner = cases.make_learner(algorithm=algorithm)
+    assert improve(learner, LoopState(kl_coef=1.0))[1]["kl_coef"] == kl_coef
+
+
 def test_a_gpu_is_asked_for_in_vain_in_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="device=cuda"):
