@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from classic.config import Algorithm, CompareConfig, TrainConfig
-from classic.presets import PRESETS
+from classic.presets import PRESETS, preset_for
 from ppo_rlhf.arguments import Command, CommandLine, read, run, settings_in
 from ppo_rlhf.errors import UserError, did_you_mean
 from ppo_rlhf.settings import require
@@ -86,7 +86,7 @@ def _preset(given: Namespace) -> dict[str, Any]:
         hint = did_you_mean(given.preset, PRESETS)
         raise UserError(f"there is no preset {given.preset}.{hint} There are: {', '.join(PRESETS)}.")
     name = given.preset or (given.environment_id if given.config is None else None)
-    return _flat(asdict(PRESETS[name])) if name in PRESETS else {"env_id": ""}
+    return _flat(asdict(preset_for(name, given.algorithm))) if name in PRESETS else {"env_id": ""}
 
 
 def _earlier_comparison(given: Namespace) -> dict[str, Any]:
@@ -126,8 +126,15 @@ def _train(given: Namespace) -> Outcome:
     require(config.env_id != "", "train needs an environment: train CartPole-v1, --preset, or --config with an env_id.")
 
     from classic import ppo
+    from ppo_rlhf.run import new_folder
 
-    summary = ppo.run(config)[1]
+    folder = Path(config.output_dir or new_folder(None, "classic", resume=config.resume))  # as `run` will name it
+    try:
+        summary = ppo.run(config)[1]
+    except KeyboardInterrupt:
+        kept = any((folder / "checkpoints").glob("step_*"))
+        print(f"{folder} holds {'a checkpoint' if kept else 'no checkpoint yet'}.", file=sys.stderr)
+        raise
     if "finished" in summary:
         return summary, [f"{summary['finished']} is finished already; a larger --num-steps goes on with it."]
     lines = [
@@ -189,7 +196,8 @@ def _plot(given: Namespace) -> Outcome:
 def _export(given: Namespace) -> Outcome:
     from classic.export import export
 
-    path = str(export(_run_of(given)[1], given.output or Path(given.run) / "policy.onnx"))
+    config, policy = _run_of(given)
+    path = str(export(policy, given.output or Path(given.run) / "policy.onnx", action_mask=_tells_masks(config)))
     return {"onnx": path}, [f"wrote {path}"]
 
 
@@ -198,7 +206,7 @@ def _compare(given: Namespace) -> Outcome:
 
     config = settings_in(given, CompareConfig)
     lists: dict[str, Any] = {name: tuple(given[name]) for name in ("env_ids", "algorithms", "seeds")}
-    summary = compare(replace(config, **lists), tell=lambda line: print(line, file=sys.stderr))
+    summary = compare(replace(config, **lists), tell=lambda text: print(text, end="", file=sys.stderr, flush=True))
     return summary, [(Path(summary["output_dir"]) / "comparison.md").read_text(encoding="utf-8")]
 
 
@@ -207,6 +215,22 @@ def _how(given: Namespace) -> dict[str, Any]:
     require(given.episodes >= 1, f"episodes={given.episodes} must be at least 1.")
     require(0 <= given.seed < 2**32, f"seed={given.seed} must lie between 0 and 2**32 - 1.")
     return {"episodes": given.episodes, "seed": given.seed, "deterministic": not given.stochastic}
+
+
+def _tells_masks(config: TrainConfig) -> bool:
+    """Whether the run's environment tells which actions are allowed; an environment that is not here tells nothing."""
+    from classic.envs import make_environments
+
+    try:
+        envs = make_environments(config.env_id, **{**config.environment.arguments(), "vectorization": "auto"})
+    except UserError as error:
+        print(f"no action_mask is asked for: {error}", file=sys.stderr)
+        return False
+    try:
+        envs.reset()
+        return envs.action_mask is not None
+    finally:
+        envs.close()
 
 
 def _run_of(given: Namespace) -> tuple[TrainConfig, Policy]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +21,8 @@ from classic.plot import mean_and_interval, plot
 from classic.ppo import device_of, run
 from classic.presets import preset_for
 from ppo_rlhf.run import new_folder, write_config, write_text
+
+PROGRESS = "classic"  # what a run's own lines of progress begin with
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ def compare(config: CompareConfig, *, tell: Callable[[str], None] = lambda line:
     """Runs every algorithm with every seed on every environment, and writes comparison.md, .png, .svg and .csv.
 
     A run that is finished is not repeated, one that was interrupted goes on. → `output_dir`, and `results` as in
-    `Result.numbers`. tell: hears of each run before it starts.
+    `Result.numbers`. tell: hears of each run, one line in two parts: what starts, and how it ended.
 
     Raises UserError, before anything is written, for an environment that cannot be made, or a folder in use.
     """
@@ -54,13 +59,15 @@ def compare(config: CompareConfig, *, tell: Callable[[str], None] = lambda line:
     planned = {folder_of(folder, each): each for each in runs_of(config)}
     for each in planned.values():
         device_of(each, each.env_id)
-    for env_id in config.env_ids:
-        make_environments(env_id, **preset_for(env_id).environment.arguments()).close()
+    for each in {each.env_id: each for each in planned.values()}.values():
+        make_environments(each.env_id, **each.environment.arguments()).close()
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder, config)
     for number, (path, each) in enumerate(planned.items(), start=1):
-        tell(f"{each.env_id} {each.algorithm} seed {each.seed} ({number} of {len(planned)})")
-        run(replace(each, output_dir=str(path), resume=True))
+        tell(f"{each.env_id} {each.algorithm} seed {each.seed} ({number} of {len(planned)}): ")
+        started = time.monotonic()
+        _run_quietly(replace(each, output_dir=str(path), resume=True), tell)
+        tell(f"{_final_return(path):.1f} in {time.monotonic() - started:.1f} s\n")
     results = [
         Result(
             env_id,
@@ -76,7 +83,7 @@ def compare(config: CompareConfig, *, tell: Callable[[str], None] = lambda line:
 
 
 def runs_of(config: CompareConfig) -> list[TrainConfig]:
-    """The configurations of all runs: the environment's preset, and nothing but algorithm and seed changed in it.
+    """The configurations of all runs: the environment's preset, or the algorithm's own for it, with every seed.
 
     Raises UserError for settings that do not go together.
     """
@@ -84,7 +91,7 @@ def runs_of(config: CompareConfig) -> list[TrainConfig]:
     if config.num_steps is not None:
         common["num_steps"] = config.num_steps
     return [
-        replace(preset_for(env_id), env_id=env_id, algorithm=algorithm, seed=seed, **common)
+        replace(preset_for(env_id, algorithm), env_id=env_id, algorithm=algorithm, seed=seed, **common)
         for env_id in config.env_ids
         for algorithm in config.algorithms
         for seed in config.seeds
@@ -99,14 +106,14 @@ def folder_of(folder: Path, config: TrainConfig) -> Path:
 def table(config: CompareConfig, results: Sequence[Result]) -> str:
     """comparison.md."""
     lines = ["# Comparison", ""]
+    steps = {(run.env_id, str(run.algorithm)): run.num_updates * run.num_envs * run.horizon for run in runs_of(config)}
     for env_id in config.env_ids:
-        steps = next(each for each in runs_of(config) if each.env_id == env_id)
         lines += [
-            f"## {env_id}, {steps.num_updates * steps.num_envs * steps.horizon:,} steps",
+            f"## {env_id}",
             "",
-            "| algorithm | seeds | mean | 95 % interval | median | min to max |",
-            "|---|---:|---:|---:|---:|---:|",
-            *(_row(result) for result in results if result.env_id == env_id),
+            "| algorithm | steps | seeds | mean | 95 % interval | median | min to max |",
+            "|---|---:|---:|---:|---:|---:|---:|",
+            *(_row(result, steps[env_id, result.algorithm]) for result in results if result.env_id == env_id),
             "",
         ]
     seeds = " ".join(str(seed) for seed in config.seeds)
@@ -126,13 +133,25 @@ def table(config: CompareConfig, results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def _row(result: Result) -> str:
+def _row(result: Result, steps: int) -> str:
     numbers = result.numbers()
     interval = "–" if numbers["interval"] is None else "{:.1f} to {:.1f}".format(*numbers["interval"])
     return (
-        f"| {result.algorithm} | {len(result.returns)} | {numbers['mean']:.1f} | {interval} | {numbers['median']:.1f} "
-        f"| {numbers['min']:.1f} to {numbers['max']:.1f} |"
+        f"| {result.algorithm} | {steps:,} | {len(result.returns)} | {numbers['mean']:.1f} | {interval} "
+        f"| {numbers['median']:.1f} | {numbers['min']:.1f} to {numbers['max']:.1f} |"
     )
+
+
+def _run_quietly(config: TrainConfig, tell: Callable[[str], None]) -> None:
+    """Runs it without its lines of progress; whatever else it says is told in lines of its own."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            run(config)
+    finally:
+        for line in said.getvalue().splitlines():
+            if not line.startswith(f"{PROGRESS} "):
+                tell(f"\n{line}\n")
 
 
 def _is(config: TrainConfig, env_id: str, algorithm: str) -> bool:

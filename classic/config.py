@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal
 
 from classic.settings import NetworkSettings
 from ppo_rlhf.settings import OptimizerSettings, PPOSettings, require
-
-PRESETS = Path(__file__).parent / "presets"
 
 Algorithm = Literal["clip", "penalty", "trpo", "fixed", "none"]
 
@@ -129,8 +126,8 @@ class TrainConfig:
     """Environment steps between evaluations; 0: only at the end."""
     eval_episodes: int = 20
     """Episodes of an evaluation, on environments of their own."""
-    save_every: int = 0
-    """Environment steps between checkpoints; 0: only at the end."""
+    save_every: int = 50_000
+    """Environment steps between checkpoints, which take some 50 ms; 0: only at the end."""
     keep_checkpoints: int = 2
     """How many of the latest checkpoints stay."""
     log_with: tuple[str, ...] = ("tensorboard",)
@@ -167,6 +164,10 @@ class TrainConfig:
             self.algorithm == "trpo" or rows % self.ppo.num_minibatches == 0,
             f"ppo.num_minibatches={self.ppo.num_minibatches} does not divide the {of} of a rollout.",
         )
+        require(
+            self.algorithm != "trpo" or self.precision != "fp16",
+            "algorithm=trpo takes no precision=fp16, whose loss scaling is for a gradient step; use bf16, or no.",
+        )
 
     @property
     def num_updates(self) -> int:
@@ -179,7 +180,7 @@ class CompareConfig:
     """Algorithms over seeds on the same environments (read by `classic.compare`)."""
 
     env_ids: tuple[str, ...] = ("CartPole-v1", "Pendulum-v1")
-    """Gymnasium environments, each with its preset where there is one."""
+    """Gymnasium environments, each with its preset where there is one, or the algorithm's own preset for it."""
     algorithms: tuple[Algorithm, ...] = ("clip", "penalty", "trpo", "none")
     """What is compared, all else being equal."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)

@@ -16,6 +16,7 @@ from ppo_rlhf.seeding import keyed_generator, keyed_seed
 
 LONGEST_EPISODE = 27_000  # decisions after which an evaluated episode counts as over: Atari's own limit
 MOST_ENVS = 100  # environments of an evaluation
+MOST_PROCESSES = 8  # of an evaluation with a process an environment; not by the cores, for who plays what hangs on it
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ class Evaluator:
         self.episodes = episodes
         self.seed = seed
         settings = settings or EnvironmentSettings()
+        most = MOST_PROCESSES if settings.vectorization == "async" else MOST_ENVS
         self.envs = make_environments(
-            env, num_envs=min(episodes, MOST_ENVS), seed=seed, device=device, **settings.arguments()
+            env, num_envs=min(episodes, most), seed=seed, device=device, **settings.arguments()
         )
 
     def __call__(self, policy: Policy, *, deterministic: bool = True) -> Outcome:

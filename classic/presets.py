@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from classic.config import EnvironmentSettings, TrainConfig
+from dataclasses import replace
+
+from classic.config import Algorithm, EnvironmentSettings, TrainConfig, TrustRegionSettings
 from classic.settings import NetworkSettings
 from ppo_rlhf.settings import OptimizerSettings, PPOSettings
 
@@ -42,8 +44,9 @@ PRESETS: dict[str, TrainConfig] = {
         gamma=0.99,
         gae_lambda=0.95,
         reward_scale=0.05,
-        ppo=PPOSettings(num_epochs=6, num_minibatches=2, value_clip_range=None, value_coef=0.5, max_grad_norm=0.5),
-        optimizer=OptimizerSettings(lr=5e-3, schedule="linear"),
+        network=NetworkSettings(hidden_sizes=(32, 32)),
+        ppo=PPOSettings(num_epochs=5, num_minibatches=2, value_clip_range=None, value_coef=0.5, max_grad_norm=0.5),
+        optimizer=OptimizerSettings(lr=8e-3, schedule="linear"),
     ),
     # Wide noise at the start, since the task begins with swinging; short horizons suffice once it stands.
     "Pendulum-v1": TrainConfig(
@@ -118,7 +121,9 @@ PRESETS: dict[str, TrainConfig] = {
     # What the tutorial of Hands-on Reinforcement Learning (boyu-ai, chapter 12) trains with: rollouts as long as one
     # episode, a single batch, learning rates of 1e-3 and 1e-2 (Pendulum: 1e-4 and 5e-3) for policy and value function,
     # 500 and 2,000 episodes' worth of steps. Here values regress on λ-returns that bootstrap at the time limit, where
-    # the tutorial regresses on one step's and takes the limit for a true end; and advantages are whitened.
+    # the tutorial regresses on one step's and takes the limit for a true end; and advantages are whitened. Pendulum's
+    # rollouts are eight episodes, in eight minibatches of one episode's size, so that there are as many steps of the
+    # optimizer an episode: from one episode at a time it learns much worse, whitened or not.
     "tutorial-cartpole": TrainConfig(
         env_id="CartPole-v1",
         num_steps=100_000,
@@ -134,7 +139,7 @@ PRESETS: dict[str, TrainConfig] = {
     "tutorial-pendulum": TrainConfig(
         env_id="Pendulum-v1",
         num_steps=400_000,
-        num_envs=1,
+        num_envs=8,
         horizon=200,
         gamma=0.9,
         gae_lambda=0.9,
@@ -142,12 +147,30 @@ PRESETS: dict[str, TrainConfig] = {
         network=NetworkSettings(
             hidden_sizes=(128,), activation="relu", orthogonal=False, gaussian="state_dependent", value_rate=50.0
         ),
-        ppo=PPOSettings(num_epochs=10, num_minibatches=1, value_clip_range=None, value_coef=0.5, max_grad_norm=100.0),
+        ppo=PPOSettings(num_epochs=10, num_minibatches=8, value_clip_range=None, value_coef=0.5, max_grad_norm=100.0),
         optimizer=OptimizerSettings(lr=1e-4, schedule="constant", epsilon=1e-8),
     ),
 }
 
 
-def preset_for(name: str) -> TrainConfig:
-    """The preset of that name, such as an environment's id; the defaults where there is none."""
-    return PRESETS.get(name, TrainConfig())
+# Where an algorithm needs another loop than PPO.
+OWN_PRESETS: dict[tuple[str, Algorithm], TrainConfig] = {
+    # A step goes as far as the trust region lets it, be there much to learn or little, so that every rollout should
+    # hold whole episodes. All begin and end together: with 64 steps, most rollouts see pendulums that stand already,
+    # whose whitened advantages are noise.
+    ("Pendulum-v1", "trpo"): replace(
+        PRESETS["Pendulum-v1"],
+        algorithm="trpo",
+        num_envs=8,
+        horizon=200,
+        trust_region=TrustRegionSettings(max_kl=0.02, value_epochs=20),
+    ),
+}
+
+
+def preset_for(name: str, algorithm: Algorithm | None = None) -> TrainConfig:
+    """The preset of that name, such as an environment's id, for an algorithm; the defaults where there is none."""
+    preset = PRESETS.get(name, TrainConfig())
+    if algorithm is None:
+        return preset
+    return OWN_PRESETS.get((name, algorithm)) or replace(preset, algorithm=algorithm)

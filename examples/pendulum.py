@@ -3,8 +3,8 @@
     python examples/pendulum.py               our preset: 150,000 steps (750 episodes)
     python examples/pendulum.py --tutorial    the tutorial's hyper-parameters: 400,000 steps (2,000 episodes)
 
-Takes seconds, with the tutorial's settings a few minutes. Ours ends near −165, the tutorial's settings near −310 on
-one seed measured; the tutorial's own program reports −236.
+Takes seconds, with the tutorial's settings a minute or two. Ours ends near −165. With the tutorial's settings the last
+50 training episodes return −189 (mean of three seeds), where the tutorial's own program reports −236.
 """
 
 from return_curve import options, train_and_draw

@@ -111,6 +111,10 @@ class SingleEnvironment:
 
     def __call__(self) -> gymnasium.Env:
         env = self._registered(self.env) if isinstance(self.env, str) else self._called(self.env)
+        with _closing_on_error(env):
+            return self._wrapped(env)
+
+    def _wrapped(self, env: gymnasium.Env) -> gymnasium.Env:
         if self.atari:
             with _explained(self.env, self.env_kwargs, extra="atari"):
                 # Without stacking, an axis of one channel makes the frame an image.
@@ -157,6 +161,16 @@ def registered_id(env_id: str, *, atari: bool = False) -> str:
         hint = did_you_mean(name, gymnasium.registry) or " One of your own is module:EnvId, or a callable."
         raise UserError(f"unknown environment {env_id}.{hint}")
     return name
+
+
+@contextmanager
+def _closing_on_error(envs: gymnasium.Env | VectorEnv) -> Iterator[None]:
+    """Closes them where what follows fails, so that no process, window or file of theirs stays behind."""
+    try:
+        yield
+    except BaseException:
+        envs.close()
+        raise
 
 
 @contextmanager
@@ -217,9 +231,12 @@ def _from_entry_point(single: SingleEnvironment, num_envs: int, autoreset: str |
         arguments["max_episode_steps"] = single.max_episode_steps
     with _explained(name, arguments):
         envs = gymnasium.make_vec(registered, num_envs, "vector_entry_point", None, (), **arguments)
-    if autoreset is not None and _autoreset_mode(envs) is not AutoresetMode[autoreset.upper()]:
-        mode = _autoreset_mode(envs).name.lower()
-        raise UserError(f"{name} resets in {mode} mode, not autoreset={autoreset}; use vectorization sync or async.")
+    with _closing_on_error(envs):
+        if autoreset is not None and _autoreset_mode(envs) is not AutoresetMode[autoreset.upper()]:
+            mode = _autoreset_mode(envs).name.lower()
+            raise UserError(
+                f"{name} resets in {mode} mode, not autoreset={autoreset}; use vectorization sync or async."
+            )
     return envs
 
 
@@ -268,14 +285,15 @@ class GymnasiumEnvironments:
         loaded = tuple(load_object(wrapper) if isinstance(wrapper, str) else wrapper for wrapper in wrappers)
         single = SingleEnvironment(env, dict(env_kwargs or {}), loaded, max_episode_steps, frame_stack, atari)
         self._envs = _vectorized(single, num_envs, vectorization, autoreset)
-        self._mode = _autoreset_mode(self._envs)
+        with _closing_on_error(self._envs):
+            self._mode = _autoreset_mode(self._envs)
+            self.action_space = action_space(self._envs.single_action_space)
+            self.observation_space = observation_space(self._envs.single_observation_space)
         self._seed: int | None = seed
         self._dtype = self._envs.single_action_space.dtype
         self._ended = np.zeros(num_envs, dtype=bool)  # in the latest step; NEXT_STEP resets these in the next
         self.num_envs = num_envs
         self.device = torch.device(device)
-        self.action_space = action_space(self._envs.single_action_space)
-        self.observation_space = observation_space(self._envs.single_observation_space)
         self.action_mask: Tensor | None = None
         self._num_choices = _num_choices(self.action_space)
         self._masks = ""  # where allowed choices are told: in "observations", in "info", or nowhere

@@ -23,7 +23,7 @@ from command_cases import (
 from classic import cli, load, ppo
 from classic.cli import main
 from classic.config import TrainConfig
-from classic.presets import PRESETS
+from classic.presets import PRESETS, preset_for
 
 __all__ = ["cartpole", "finished_runs", "in_tmp_path"]
 
@@ -166,8 +166,38 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(monkeypatch, capfd):
 
     monkeypatch.setattr(ppo, "run", interrupted)
     assert main(["train", "CartPole-v1"]) == 130
-    (line,) = capfd.readouterr().err.splitlines()
+    folder, line = capfd.readouterr().err.splitlines()
+    assert folder == "runs/classic-0001 holds no checkpoint yet."
     assert "--resume" in line
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from_without_being_asked_for_one(monkeypatch, capfd):
+    improve, words = ppo.improve, ["--horizon", "4096", "--num-steps", str(5 * 16384)]
+
+    def interrupted(learner, state):
+        if state.step == 4:
+            raise KeyboardInterrupt
+        return improve(learner, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "improve", interrupted)
+        assert main(["train", "CartPole-v1", *TINY_WORDS, *words, "--output-dir", "out"]) == 130
+    assert "out holds a checkpoint." in capfd.readouterr().err.splitlines()
+    assert [row["step"] for row in metrics_of("out")] == [1, 2, 3, 4]
+    monkeypatch.setattr(ppo, "improve", lambda learner, state: improve(learner, state) if state.step >= 4 else 1 / 0)
+    assert answer(capfd, "train", "--resume", "--output-dir", "out")["steps"] == 5 * 16384
+
+
+def test_a_trust_region_in_half_precision_is_refused(capfd):
+    told = refused(capfd, "train", "CartPole-v1", "--algorithm", "trpo", "--precision", "fp16")
+    assert all(name in told for name in ("algorithm=trpo", "precision=fp16", "bf16"))
+
+
+def test_an_algorithm_starts_from_its_own_preset_where_it_has_one(asked):
+    assert main(["train", "Pendulum-v1", "--algorithm", "trpo", "--gamma", "0.5"]) == 0
+    own = asdict(preset_for("Pendulum-v1", "trpo"))
+    assert own["horizon"] != PRESETS["Pendulum-v1"].horizon
+    assert asdict(asked[0]) == own | {"gamma": 0.5}
 
 
 def test_without_a_command_the_help_is_shown(capfd):

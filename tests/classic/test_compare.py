@@ -1,7 +1,10 @@
 """`compare`: which runs it makes, what it repeats, and what it writes."""
 
+import dataclasses
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ from classic import compare as compare_module
 from classic.cli import main
 from classic.compare import Result, runs_of, table
 from classic.config import CompareConfig, TrainConfig
-from classic.presets import PRESETS
+from classic.presets import OWN_PRESETS, PRESETS
 from classic.settings import NetworkSettings
 from ppo_rlhf.settings import PPOSettings
 
@@ -32,7 +35,7 @@ WORDS = LINE.split()
 @pytest.fixture
 def tiny(monkeypatch):
     """Presets of a few dozen steps."""
-    monkeypatch.setattr(compare_module, "preset_for", lambda env_id: TINY)
+    monkeypatch.setattr(compare_module, "preset_for", lambda env_id, algorithm: TINY)
 
 
 @pytest.fixture
@@ -58,6 +61,14 @@ def test_runs_differ_in_environment_algorithm_and_seed_and_in_nothing_else():
     assert all(run.eval_episodes == 100 for run in runs)
 
 
+def test_an_algorithm_runs_with_its_own_preset_where_it_has_one():
+    config = CompareConfig(env_ids=("Pendulum-v1", "Acrobot-v1"), algorithms=("clip", "trpo"), seeds=(7,))
+    pendulum, own, acrobot, likewise = runs_of(config)
+    assert (pendulum.num_envs, pendulum.horizon) == (32, 64)
+    assert own == dataclasses.replace(OWN_PRESETS["Pendulum-v1", "trpo"], seed=7, eval_episodes=100)
+    assert likewise == dataclasses.replace(acrobot, algorithm="trpo")
+
+
 def test_a_result_is_summed_up_over_its_seeds():
     numbers = Result("Some-v0", "clip", (1.0, 2.0, 6.0)).numbers()
     half = 4.303 * np.sqrt(7 / 3)
@@ -69,7 +80,7 @@ def test_a_result_is_summed_up_over_its_seeds():
 def test_one_seed_alone_has_no_interval():
     result = Result("CartPole-v1", "clip", (7.0,))
     assert result.numbers()["interval"] is None
-    assert "| clip | 1 | 7.0 | – | 7.0 | 7.0 to 7.0 |" in table(CompareConfig(("CartPole-v1",)), [result])
+    assert "| clip | 49,152 | 1 | 7.0 | – | 7.0 | 7.0 to 7.0 |" in table(CompareConfig(("CartPole-v1",)), [result])
 
 
 def test_every_algorithm_runs_with_every_seed_and_the_table_and_the_curves_are_written(tiny, started, capfd):
@@ -79,10 +90,31 @@ def test_every_algorithm_runs_with_every_seed_and_the_table_and_the_curves_are_w
     final = json.loads(Path("out/CartPole-v1/trpo/seed-1/summary.json").read_text())["return_after"]
     assert summary["results"][1]["returns"][1] == final
     written = Path("out/comparison.md").read_text()
-    assert "## CartPole-v1, 128 steps" in written
-    assert "| trpo | 2 |" in written
+    assert "## CartPole-v1\n" in written
+    assert "| trpo | 128 | 2 |" in written
     assert "--seeds 0 1 --num-steps 128" in written
     assert all(Path(f"out/comparison.{kind}").stat().st_size for kind in ("png", "svg", "csv"))
+
+
+def test_each_run_is_told_in_one_line_with_its_outcome(tiny, capfd):
+    capfd.readouterr()
+    assert main([*WORDS, "--output-dir", "out"]) == 0
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 4
+    final = json.loads(Path("out/CartPole-v1/trpo/seed-0/summary.json").read_text())["return_after"]
+    assert re.fullmatch(rf"CartPole-v1 trpo seed 0 \(3 of 4\): {final:.1f} in \d+\.\d s", lines[2])
+
+
+def test_what_a_run_says_beside_its_progress_is_told(tiny, monkeypatch, capfd):
+    run = compare_module.run
+
+    def noisy(config):
+        print("something is odd", file=sys.stderr)
+        return run(config)
+
+    monkeypatch.setattr(compare_module, "run", noisy)
+    assert main([*WORDS, "--output-dir", "out"]) == 0
+    assert capfd.readouterr().err.splitlines().count("something is odd") == 4
 
 
 def test_a_comparison_goes_on_by_its_folder_alone_and_repeats_no_finished_run(tiny, started, capfd):

@@ -3,17 +3,20 @@
 import math
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from command_cases import answer, cartpole, finished_runs, in_tmp_path, refused
+from command_cases import answer, cartpole, finished_runs, in_tmp_path, refused, train
 
 from classic import load
+from classic.cli import main
 from classic.export import example_inputs, export
 from classic.policy import Policy
 from classic.settings import NetworkSettings
 from classic.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
+from ppo_rlhf.errors import UserError
 
 __all__ = ["cartpole", "finished_runs", "in_tmp_path"]
 
@@ -38,6 +41,24 @@ RECURRENT = {
     "lstm": (ARM, {"gaussian": "state_dependent"}),
     "gru": (Discrete(5), {}),
 }
+
+USER_ENVIRONMENTS = """
+import gymnasium
+import numpy as np
+from gymnasium.envs.classic_control import CartPoleEnv
+
+
+class Masked(CartPoleEnv):
+    def reset(self, **arguments):
+        return super().reset(**arguments)[0], {"action_mask": np.ones(2, np.int8)}
+
+    def step(self, action):
+        return *super().step(action)[:-1], {"action_mask": np.ones(2, np.int8)}
+
+
+gymnasium.register("Masked-v0", entry_point=Masked, max_episode_steps=20)
+gymnasium.register("Free-v0", entry_point=CartPoleEnv, max_episode_steps=20)
+"""
 
 
 def policy_of(observation_space, action_space, **settings):
@@ -119,6 +140,50 @@ def test_an_exported_recurrent_policy_takes_and_gives_its_memory(kind):
         starts = np.zeros(3, dtype=bool)
 
 
+@pytest.mark.parametrize("action_space", [Discrete(5, 2), MultiDiscrete((2, 3), (0, 1)), MultiBinary((3,))], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"recurrent": "gru", "recurrent_size": 5}], ids=["plain", "recurrent"])
+def test_an_exported_policy_keeps_to_the_choices_that_are_allowed(action_space, settings):
+    policy = policy_of(VECTOR, action_space, **settings)
+    session = session_of(export(policy, "policy.onnx", action_mask=True))
+    names = [given.name for given in session.get_inputs()]
+    assert names == list(example_inputs(policy, action_mask=True))
+    assert names[-1] == "action_mask"
+    for rows in (1, 6, 600):
+        given = {name: x.numpy() for name, x in example_inputs(policy, rows, action_mask=True).items()}
+        given["observations"] = observations_of(VECTOR, rows)
+        free = policy.act(given["observations"])
+        given["action_mask"] = np.random.default_rng(rows).random(given["action_mask"].shape) < 0.6
+        given["action_mask"][:, [0, -1]] = True  # one choice at least in each part of an action
+        actions, *_ = session.run(None, given)
+        expected = policy.act(given["observations"], action_mask=given["action_mask"])
+        assert actions.dtype == expected.dtype
+        assert np.array_equal(actions, expected)
+    assert not np.array_equal(expected, free)
+
+
+def test_a_mask_of_actions_that_are_no_choices_is_refused():
+    with pytest.raises(UserError, match="action_mask"):
+        export(policy_of(VECTOR, ARM), "policy.onnx", action_mask=True)
+    assert not os.listdir()
+
+
+def test_export_asks_for_a_mask_where_the_environment_tells_one(monkeypatch, capfd):
+    asked = []
+    monkeypatch.setattr("classic.export.export", lambda policy, output, *, action_mask: asked.append(action_mask))
+    Path("masked_or_not.py").write_text(USER_ENVIRONMENTS)
+    for name in ("Masked", "Free"):
+        train(f"masked_or_not:{name}-v0", name)
+        answer(capfd, "export", name)
+    assert asked == [True, False]
+    shutil.copytree("Masked", "elsewhere")
+    config = Path("elsewhere/config.yaml")
+    config.write_text(config.read_text().replace("masked_or_not:", "nowhere:"))
+    capfd.readouterr()
+    assert main(["export", "elsewhere"]) == 0
+    assert "no action_mask is asked for: " in capfd.readouterr().err
+    assert asked == [True, False, False]
+
+
 def test_export_writes_one_file_into_the_run_s_folder(cartpole, capfd):
     before = {path.name for path in cartpole.iterdir()}
     assert answer(capfd, "export", cartpole) == {"onnx": str(cartpole / "policy.onnx")}
@@ -127,7 +192,7 @@ def test_export_writes_one_file_into_the_run_s_folder(cartpole, capfd):
 
 def test_export_takes_the_best_policy_and_a_file_name(cartpole, monkeypatch, capfd):
     seen = []
-    monkeypatch.setattr("classic.export.export", lambda policy, output: seen.append(policy) or output)
+    monkeypatch.setattr("classic.export.export", lambda policy, output, **_: seen.append(policy) or output)
     load(cartpole / "policy").save(cartpole / "best")
     shutil.rmtree(cartpole / "policy")
     assert answer(capfd, "export", cartpole, "--best", "--output", "best.onnx") == {"onnx": "best.onnx"}

@@ -11,12 +11,14 @@ import torch.distributions as td
 from torch import Tensor
 
 import classic.trpo
-from classic.config import TrustRegionSettings
+from classic.config import TrainConfig, TrustRegionSettings
 from classic.policy import Policy
+from classic.presets import OWN_PRESETS, PRESETS, preset_for
 from classic.settings import NetworkSettings
 from classic.spaces import Box, Discrete, MultiBinary
 from classic.trpo import conjugate_gradient, trust_region_update
 from ppo_rlhf.core import Experience
+from ppo_rlhf.errors import UserError
 from ppo_rlhf.optimizer import make_optimizer
 from ppo_rlhf.settings import OptimizerSettings
 
@@ -210,6 +212,19 @@ def test_the_longest_of_the_shrunken_steps_within_the_trust_region_is_taken(max_
     )
     assert taken == pytest.approx(share)
     assert (x.item(), loss, kl) == pytest.approx((1 + share, -1 - share, share**2))
+
+
+def test_fp16_is_refused_and_bf16_is_not():
+    with pytest.raises(UserError, match="precision=fp16"):
+        TrainConfig(algorithm="trpo", precision="fp16")
+    assert TrainConfig(algorithm="trpo", precision="bf16").precision == "bf16"
+
+
+def test_the_presets_of_the_trust_region_are_of_its_algorithm():
+    for (env_id, algorithm), preset in OWN_PRESETS.items():
+        assert (preset.env_id, preset.algorithm) == (env_id, algorithm)
+        assert preset_for(env_id, algorithm) == preset
+        assert preset_for(env_id) == PRESETS[env_id]
 
 
 def test_without_advantages_there_is_no_step(monkeypatch):
