@@ -73,8 +73,8 @@ class TwinMLP(nn.Module):
             self.register_buffer(name, _joined(rate.expand_as(x) for x, rate in pairs), persistent=False)
 
     def layers(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Weights and biases: the hidden layers' (2, H, H') and (2, 1, H'), policy first; the policy's head's (A, H) and
-        (A,); the value's head's (1, H) and (1,).
+        """Weights and biases: hidden layers' (2, H, H') and (2, 1, H'), the policy's first; the policy's head's (A, H)
+        and (A,); the value's head's (1, H) and (1,).
         """
         if self.value_rate != 1:
             weights, biases = self.weights * self.weight_rates, self.biases * self.bias_rates
@@ -155,11 +155,11 @@ class _TwinTanh(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, output: Tensor | None, value: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         x, weights, biases = ctx.saved_tensors
-        networks = ctx.networks
+        networks: TwinMLP = ctx.networks
         output = x.new_zeros(len(x), networks.weight_shapes[-2][0]) if output is None else output
         value = x.new_zeros(len(x), 1) if value is None else value
         if torch.is_grad_enabled():  # for a gradient of the gradient, as a trust region asks, leave it to autograd
-            results = _twin(x, *networks.layers(), torch.tanh)[:2]
+            results = _twin(x, *networks.layers(), activation=torch.tanh)[:2]
             inputs = [x, weights, biases] if ctx.needs_input_grad[0] else [weights, biases]
             found = torch.autograd.grad(results, inputs, (output, value), create_graph=True)
             return (*found, None) if ctx.needs_input_grad[0] else (None, *found, None)

@@ -140,7 +140,7 @@ def _loss_settings(
     settings: PPOSettings, kl_penalty_coef: float, kl_divergence: KLDivergence | None, device: torch.device
 ) -> dict[str, Any]:
     """The keyword arguments of `ppo_loss` that stay the same in an update."""
-    changing = {"clip_range": settings.clip_range, "kl_penalty_coef": kl_penalty_coef}
+    changing: dict[str, Tensor | float | None] = {"clip_range": settings.clip_range, "kl_penalty_coef": kl_penalty_coef}
     if settings.compile:  # a number that differs from update to update would be compiled in, anew each time
         changing = {name: torch.tensor(x, device=device) if x else x for name, x in changing.items()}
     return {
