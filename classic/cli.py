@@ -194,10 +194,16 @@ def _plot(given: Namespace) -> Outcome:
 
 
 def _export(given: Namespace) -> Outcome:
+    from classic.evaluate import tells_masks
     from classic.export import export
 
     config, policy = _run_of(given)
-    path = str(export(policy, given.output or Path(given.run) / "policy.onnx", action_mask=_tells_masks(config)))
+    try:
+        masks = tells_masks(config.env_id, config.environment)
+    except UserError as error:
+        masks = False
+        print(f"no action_mask is asked for: {error}", file=sys.stderr)
+    path = str(export(policy, given.output or Path(given.run) / "policy.onnx", action_mask=masks))
     return {"onnx": path}, [f"wrote {path}"]
 
 
@@ -215,22 +221,6 @@ def _how(given: Namespace) -> dict[str, Any]:
     require(given.episodes >= 1, f"episodes={given.episodes} must be at least 1.")
     require(0 <= given.seed < 2**32, f"seed={given.seed} must lie between 0 and 2**32 - 1.")
     return {"episodes": given.episodes, "seed": given.seed, "deterministic": not given.stochastic}
-
-
-def _tells_masks(config: TrainConfig) -> bool:
-    """Whether the run's environment tells which actions are allowed; an environment that is not here tells nothing."""
-    from classic.envs import make_environments
-
-    try:
-        envs = make_environments(config.env_id, **{**config.environment.arguments(), "vectorization": "auto"})
-    except UserError as error:
-        print(f"no action_mask is asked for: {error}", file=sys.stderr)
-        return False
-    try:
-        envs.reset()
-        return envs.action_mask is not None
-    finally:
-        envs.close()
 
 
 def _run_of(given: Namespace) -> tuple[TrainConfig, Policy]:

@@ -113,3 +113,13 @@ def play(envs: Environments, policy: Policy, *, episodes: int, seed: int, determ
         if memory is not None:
             memory.forget(ended if step.final_observations is not None else ~step.decided)
     return Outcome(torch.cat(returns_found).cpu(), torch.cat(lengths_found).cpu())
+
+
+def tells_masks(env_id: str, settings: EnvironmentSettings) -> bool:
+    """Whether an environment tells which actions are allowed. Raises UserError where it cannot be made."""
+    envs = make_environments(env_id, **{**settings.arguments(), "vectorization": "auto"})
+    try:
+        envs.reset()
+        return envs.action_mask is not None
+    finally:
+        envs.close()
