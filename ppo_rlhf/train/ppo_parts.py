@@ -14,7 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppo_rlhf.config import PPOConfig
 from ppo_rlhf.data import held_out, load_rows
 from ppo_rlhf.errors import UserError
-from ppo_rlhf.models import context_length, disable_dropout, frozen_copy, load_policy, save_policy
+from ppo_rlhf.models import (
+    context_length,
+    disable_dropout,
+    frozen_copy,
+    load_policy,
+    save_policy,
+    use_quick_kernels,
+)
 from ppo_rlhf.policy import PolicyWithValue, TokenValues
 from ppo_rlhf.prompts import Prompts
 from ppo_rlhf.rewards import RewardFunction, RewardModel, load_reward
@@ -62,7 +69,7 @@ def load_parts(
             f"ppo.num_minibatches={config.ppo.num_minibatches}."
         )
     policy, tokenizer = policy_with_tokenizer(config, policy, tokenizer, what="the supervised policy to start from")
-    policy.to(accelerator.device)
+    use_quick_kernels(policy).to(accelerator.device)
     disable_dropout(policy)
     if reference is None:
         start = policy
