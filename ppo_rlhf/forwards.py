@@ -197,7 +197,7 @@ def functional_forward(model: PreTrainedModel, *, num_rows: int) -> Forward:
         with torch.autocast("cpu", enabled=False):
             return forward(ids, positions, mask, cache)
 
-    return without_autocast
+    return without_autocast if torch.is_autocast_enabled("cpu") else forward
 
 
 def product_with(weight: Tensor, bias: Tensor | None, *, num_rows: int) -> Function:

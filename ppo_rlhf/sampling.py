@@ -28,6 +28,7 @@ __all__ = ["Responses", "SamplingSettings", "draw", "sample", "stop_ids_of", "st
 
 ADMISSION_SHARE = 0.25  # prompts enter when so many rows are free: reading several costs little more than reading one
 SPARE_COLUMNS = 64  # steps between two moves of the whole cache, where prompts wait
+TOKENS_READ_TOGETHER = (256, 2**14)  # on a CPU and on a GPU: prompts of like length in one pass, with little padding
 MIN_SHARED_PREFIX = 8  # a beginning common to all prompts is read once from this length on
 
 
@@ -235,18 +236,23 @@ def _read_shared_prefix(model: PreTrainedModel, forward: Forward, cache: ColumnC
 
 
 def _read_prompts(forward: Forward, cache: ColumnCache, lines: list[list[int]], slots: Tensor, prefix: int) -> None:
-    """Reads prompts into rows of the cache, equal ones once, all of them after the shared prefix."""
-    distinct = {tuple(line): None for line in lines}
-    numbers = {line: number for number, line in enumerate(distinct)}
-    width = max(map(len, distinct)) - prefix
-    ids = torch.tensor([[0] * (width + prefix - len(line)) + list(line[prefix:]) for line in distinct])
-    padding = torch.tensor([width + prefix - len(line) for line in distinct])
-    mask = torch.arange(width) >= padding[:, None]
-    mask = torch.cat([mask.new_ones(len(mask), prefix), mask], dim=1).to(slots.device)
-    source = torch.tensor([numbers[tuple(line)] for line in lines], device=slots.device)
-    with cache.reading(slots, source, mask):
-        if width:
-            forward(ids.to(slots.device), (mask.cumsum(1) - 1).clamp(min=0)[:, prefix:], mask, cache)
+    """Reads prompts, the longest first, into rows of the cache: equal ones once, all after the shared prefix."""
+    device = slots.device
+    places: dict[tuple[int, ...], list[int]] = {}
+    for line, slot in zip(lines, slots.tolist(), strict=True):
+        places.setdefault(tuple(line[prefix:]), []).append(slot)
+    unread = list(places)
+    while unread:
+        width = len(unread[0])
+        count = max(1, TOKENS_READ_TOGETHER[device.type == "cuda"] // max(1, width))
+        group, unread = unread[:count], unread[count:]
+        ids = torch.tensor([[0] * (width - len(line)) + list(line) for line in group], device=device)
+        mask = torch.arange(-width, 0) >= -torch.tensor([len(line) for line in group])[:, None]
+        mask = torch.cat([mask.new_ones(len(group), prefix), mask], dim=1).to(device)
+        pairs = [(slot, number) for number, line in enumerate(group) for slot in places[line]]
+        with cache.reading(*torch.tensor(pairs, device=device).unbind(1), mask):
+            if width:
+                forward(ids, (mask.cumsum(1) - 1).clamp(min=0)[:, prefix:], mask, cache)
 
 
 # ---------------------------------------------------------------------------------------------------- one token

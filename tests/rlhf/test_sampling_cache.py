@@ -147,6 +147,17 @@ def test_a_prompt_that_is_sampled_many_times_is_read_once(architecture, tokenize
         assert decoded(model, tokenizer, [line], noise=noise[row : row + 1]) == [responses[row]]
 
 
+def test_prompts_of_like_length_are_read_together(architecture, tokenizer, lines, forward_sizes, monkeypatch):
+    model = float64_model(architecture)
+    expected = decoded(model, tokenizer, lines)
+    forward_sizes.clear()
+    monkeypatch.setattr(sampling, "TOKENS_READ_TOGETHER", (20, 20))
+    assert decoded(model, tokenizer, lines) == expected
+    read = [shape for shape in forward_sizes if shape[1] > 1]
+    assert len(read) > 3
+    assert all(rows * length <= 20 or rows == 1 for rows, length in read)
+
+
 def test_one_prompt_sampled_more_often_than_there_are_rows_is_read_once(tokenizer, lines, forward_sizes):
     model, line = float64_model("gpt2"), max(lines, key=len)
     responses = decoded(model, tokenizer, [line] * 12, batch_size=3)
