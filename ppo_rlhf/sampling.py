@@ -57,7 +57,7 @@ def sample(
     neighbours or on when they stop.
 
     → Responses, T being the longest response's length. The model's mode is kept; no dropout acts here. Raises
-    UserError for a prompt that leaves no room for max_new_tokens in the model's context.
+    UserError for a prompt that leaves no room for max_new_tokens in the model's context, and for recurrent models.
     """
     lines = [ids[mask].tolist() for ids, mask in zip(prompts.ids, prompts.mask, strict=True)]
     drawn = deque(decode(language_model, tokenizer, lines, settings, noise), maxlen=1).pop()
@@ -207,6 +207,12 @@ def _check(model: PreTrainedModel, prompts: list[list[int]], settings: SamplingS
         raise UserError(
             f"a prompt of {longest} tokens and sampling.max_new_tokens={settings.max_new_tokens} do not fit into the "
             f"model's context of {context}: shorten the one or lower the other."
+        )
+    layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if not layers <= {"full_attention", "sliding_attention"}:
+        raise UserError(
+            f"{type(model).__name__} has layers other than attention, {', '.join(sorted(layers))}: the sampler keeps "
+            "keys and values alone, and cannot decode it."
         )
 
 

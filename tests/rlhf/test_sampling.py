@@ -192,6 +192,13 @@ def test_what_does_not_fit_into_the_context_is_refused_in_one_line(tokenizer):
     assert "\n" not in str(caught.value)
 
 
+def test_a_model_whose_memory_is_more_than_keys_and_values_is_refused(tokenizer):
+    model = cases.make_model("llama")
+    model.config.layer_types = ["linear_attention", "full_attention"]
+    with pytest.raises(UserError, match="LlamaForCausalLM has layers other than attention"):
+        sample(model, tokenizer, cases.prompt_batch(tokenizer), SamplingSettings(max_new_tokens=3), noise_for(4))
+
+
 def test_too_little_noise_is_refused(tokenizer):
     model, prompts, chosen = cases.make_model(), cases.prompt_batch(tokenizer), SamplingSettings(max_new_tokens=20)
     with pytest.raises(ValueError, match=r"noise is \(4, 12\); \(4, 20\) is needed"):
