@@ -84,7 +84,7 @@ def bucketed(count: int) -> int:
 
 
 def last_hidden_states(trunk: nn.Module, packing: Packing) -> Tensor:
-    """The last hidden state of each token, (N + dummies, d): packed where the model can be, else by a padded forward."""
+    """The last hidden state of each token, (N + dummies, d); by a padded forward where the model cannot be packed."""
     if not can_pack(trunk, packing.width):
         return _by_padded_forward(trunk, packing)
     output = trunk(
@@ -122,21 +122,39 @@ def _by_padded_forward(trunk: Any, packing: Packing) -> Tensor:
 def use_packed_attention(model: PreTrainedModel) -> bool:
     """Gives the model our attention, which padded batches and caches go through as well; False where it cannot be.
 
-    It can where the model is one of transformers' that take any attention function, and counts positions by ids.
+    It can where the model is one of transformers' that take any attention function and positions by ids, and where two
+    sequences packed then say what they said apart.
     """
-    supported = model._supports_attention_backend and model.__class__.__module__.startswith("transformers.")
-    if not supported or "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+    trunk, config = model.base_model, model.config.get_text_config()
+    if not model._supports_attention_backend or not type(model).__module__.startswith("transformers."):
         return False
-    layer_types = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-    text = model.config.get_text_config()
-    unknown = getattr(text, "attn_logit_softcapping", None) or not layer_types <= {
-        "full_attention",
-        "sliding_attention",
-    }
-    if unknown or getattr(text, "reorder_and_upcast_attn", False):
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    bent = getattr(config, "attn_logit_softcapping", None) or getattr(config, "reorder_and_upcast_attn", False)
+    if bent or kinds - {"full_attention", "sliding_attention"}:
         return False
+    if "position_ids" not in inspect.signature(trunk.forward).parameters:
+        return False
+    before = model.config._attn_implementation
+    training = model.training
+    model.eval()
+    apart = _of_two_sequences(trunk, before)
     model.set_attn_implementation(ATTENTION)
-    return True
+    difference = _of_two_sequences(trunk, ATTENTION) - apart
+    same = bool(difference.abs().max() <= 0.02 * apart.abs().max())  # also in bf16
+    model.train(training)
+    if not same:
+        model.set_attn_implementation(before)
+    return same
+
+
+@torch.no_grad()
+def _of_two_sequences(trunk: Any, implementation: str) -> Tensor:
+    """Last hidden states of the sequences (0, 1) and (1), (3, d): packed, or each apart."""
+    ids, mask = torch.tensor([[0, 1], [1, 0]], device=trunk.device), torch.tensor([[True, True], [True, False]])
+    if implementation == ATTENTION:
+        return last_hidden_states(trunk, Packing.of(ids, mask.to(trunk.device)))[:3]
+    apart = [trunk(input_ids=line, use_cache=False).last_hidden_state[0] for line in (ids[:1], ids[1:, :1])]
+    return torch.cat(apart)
 
 
 # ------------------------------------------------------------------------------------------------------- attention
@@ -220,7 +238,7 @@ def _causal(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 class _Unpack(torch.autograd.Function):
-    """(H, N, d) → (H, places, d). Empty places repeat a token; nothing real sees them, so they pass no gradient back."""
+    """(H, N, d) → (H, places, d). Empty places repeat a token; no token sees them, so they pass no gradient back."""
 
     @staticmethod
     def forward(ctx: Any, packed: Tensor, order: Tensor, slots: Tensor) -> Tensor:
