@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,22 +72,30 @@ def load_parts(
     policy, tokenizer = policy_with_tokenizer(config, policy, tokenizer, what="the supervised policy to start from")
     use_quick_kernels(policy).to(accelerator.device)
     disable_dropout(policy)
+    loaded: list[nn.Module] = []  # frozen models that nobody else holds
     if reference is None:
         start = policy
         if config.reference is not None:
             trusted = config.trust_remote_code
             start, _ = load_policy(config.reference, setting="reference", trust_remote_code=trusted)
         reference = frozen_copy(start)
+        loaded.append(reference)
     if reward is None:
         source = named(config.reward, "reward", "a reward model's folder, or module:function")
         reward = load_reward(source, setting="reward", device=accelerator.device)
+        loaded += [reward.network] if isinstance(reward, RewardModel) else []
     if gold is None and config.gold is not None:
         gold = load_reward(config.gold, setting="gold", device=accelerator.device)
+        loaded += [gold.network] if isinstance(gold, RewardModel) else []
     longest = context_length(policy) - config.sampling.max_new_tokens
     train_prompts, eval_prompts = load_prompts(config, tokenizer, prompts, longest)
+    value_model = value_model_of(config, policy, tokenizer, reward)  # in float32, whatever the reward model becomes
+    if config.frozen_precision == "bf16":
+        for each in loaded:
+            each.to(torch.bfloat16)
     model = PolicyWithValue(
         policy,
-        value_model=value_model_of(config, policy, tokenizer, reward),
+        value_model=value_model,
         temperature=config.sampling.temperature,
         differentiable_entropy=config.ppo.entropy_coef != 0,
     )
