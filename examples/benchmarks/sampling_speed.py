@@ -1,9 +1,9 @@
 """Our sampler beside `generate` of transformers, in turns in one process: python examples/benchmarks/sampling_speed.py
 
 Models with random weights; nothing is downloaded. CPU seconds of this process on one thread, medians of --repeats
-turns.
-Responses of the `stops` case end at one of 205 of 4,096 ids, after 20 tokens on average, a sixth of the limit.
-`flips` is the share of rows in which float32 drew another response than float64 from the same noise.
+turns. Responses of the cases `stops` and `waiting` end at one of 205 of 4,096 ids, after 20 tokens on average, a sixth
+of the limit; in the latter four batches wait. `flips` is the share of rows in which float32 drew another response than
+float64 from the same noise.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Case:
     batch_size: int
     max_new_tokens: int = 64
     stops: int = 0  # how many of the ids end a response
+    batches: int = 1  # of prompts; `generate` takes one after the other, ours fills up as rows end
 
 
 SMALL = {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "max_position_embeddings": 256}
@@ -71,6 +72,7 @@ CASES = {
     "tiny": Case(tiny_gpt2, 32),
     "llama": Case(tiny_llama, 32),
     "stops": Case(tiny_gpt2, 32, max_new_tokens=128, stops=205),
+    "waiting": Case(tiny_gpt2, 32, max_new_tokens=128, stops=205, batches=4),
     "gpt2": Case(gpt2, 8),
 }
 
@@ -86,10 +88,11 @@ def tokenizer_of(size: int) -> PreTrainedTokenizerFast:
 def prompts_of(case: Case, vocabulary: int) -> PromptBatch:
     """Prompts of 8 to 32 tokens."""
     generator = keyed_generator("prompts")
-    lengths = torch.randint(8, 33, (case.batch_size, 1), generator=generator)
-    ids = torch.randint(2, vocabulary, (case.batch_size, 32), generator=generator)
+    size = case.batch_size * case.batches
+    lengths = torch.randint(8, 33, (size, 1), generator=generator)
+    ids = torch.randint(2, vocabulary, (size, 32), generator=generator)
     mask = torch.arange(32) >= 32 - lengths
-    return PromptBatch(ids, mask, [""] * case.batch_size, list(range(case.batch_size)))
+    return PromptBatch(ids, mask, [""] * size, list(range(size)))
 
 
 def ours(
@@ -122,7 +125,9 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, float]:
     vocabulary = model.config.vocab_size
     prompts, tokenizer = prompts_of(case, vocabulary), tokenizer_of(vocabulary)
     stops = list(range(case.stops)) or [vocabulary + 1]  # no id of the vocabulary: nothing stops
-    settings = SamplingSettings(max_new_tokens=case.max_new_tokens, stop_token_ids=tuple(stops))
+    settings = SamplingSettings(
+        max_new_tokens=case.max_new_tokens, stop_token_ids=tuple(stops), batch_size=case.batch_size
+    )
     seconds: dict[str, list[float]] = {"generate": [], "ours": []}
     tokens: dict[str, list[int]] = {"generate": [], "ours": []}
     for turn in range(options.repeats + 1):  # the first is for warming up
@@ -132,7 +137,9 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, float]:
             torch.manual_seed(turn)
             start = time.process_time()
             if name == "generate":
-                lengths = generated(model, prompts, settings, stops)
+                size = case.batch_size
+                parts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+                lengths = torch.cat([generated(model, part, settings, stops) for part in parts])
             else:
                 noise = uniform_rows(prompts.rows, case.max_new_tokens, turn)
                 lengths, ids = ours(model, prompts, settings, noise, tokenizer)
@@ -144,7 +151,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, float]:
         f"{name} tokens/s": chosen([n / s for n, s in zip(tokens[name], seconds[name], strict=True)])
         for name in seconds
     }
-    result["mean length"] = statistics.mean(tokens["ours"] + tokens["generate"]) / case.batch_size
+    result["mean length"] = statistics.mean(tokens["ours"] + tokens["generate"]) / len(prompts)
     result["ratio"] = result["ours tokens/s"] / result["generate tokens/s"]
     _, exact = ours(model.double(), prompts, settings, noise, tokenizer)
     same = (ids == exact).all(1) if ids.shape == exact.shape else torch.zeros(len(ids))
