@@ -255,8 +255,8 @@ def _read_prompts(forward: Forward, cache: ColumnCache, lines: list[list[int]], 
         ids = torch.tensor([[0] * (width - len(line)) + list(line) for line in group], device=device)
         mask = torch.arange(-width, 0) >= -torch.tensor([len(line) for line in group])[:, None]
         mask = torch.cat([mask.new_ones(len(group), prefix), mask], dim=1).to(device)
-        pairs = [(slot, number) for number, line in enumerate(group) for slot in places[line]]
-        with cache.reading(*torch.tensor(pairs, device=device).unbind(1), mask):
+        pairs = torch.tensor([(slot, number) for number, line in enumerate(group) for slot in places[line]])
+        with cache.reading(pairs[:, 0].to(device), pairs[:, 1].to(device), mask):
             if width:
                 forward(ids, (mask.cumsum(1) - 1).clamp(min=0)[:, prefix:], mask, cache)
 
