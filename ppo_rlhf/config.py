@@ -30,6 +30,8 @@ class RunConfig:
     """How many of the latest checkpoints stay."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision of the forward passes, through Accelerate."""
+    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
+    """torch.set_float32_matmul_precision. auto: on a CPU the quicker of those that are exact there, by measurement."""
     log_with: tuple[str, ...] = ("tensorboard",)
     """Accelerate's trackers: tensorboard, wandb, trackio, …"""
     trust_remote_code: bool = False
@@ -173,6 +175,8 @@ class PPOConfig(RunConfig):
     """λ of the advantage estimate (lm-human-preferences: 0.95)."""
     whiten_rewards: bool = False
     """Scale the shaped rewards of a rollout to unit variance (lm-human-preferences did)."""
+    frozen_precision: Literal["no", "bf16"] = "no"
+    """bf16: reference and reward models that the run loads take half the memory; KL and scores are rounded."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     missing_eos: MissingEOS = field(default_factory=MissingEOS)

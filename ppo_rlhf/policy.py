@@ -6,14 +6,17 @@ response, index P − 1 + t of prompt and response together.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ppo_rlhf.core import Evaluation, entropy_of, logprobs_of
-from ppo_rlhf.models import model_inputs
+from ppo_rlhf.core import Evaluation, entropy_of, head_logprobs, logprobs_of
+from ppo_rlhf.models import has_plain_head, model_inputs
+from ppo_rlhf.packing import Packing, bucketed, last_hidden_states
 
 Inputs = dict[str, Tensor]  # prompt_ids, prompt_mask (B, P), response_ids, response_mask (B, T)
 
@@ -40,9 +43,9 @@ class TokenValues(nn.Module):
         return cls(model.base_model, head)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids, mask (B, S) → values (B, S), float32."""
-        hidden = self.trunk(**model_inputs(self.trunk, ids, mask), use_cache=False).last_hidden_state
-        return self.head(hidden).squeeze(-1).float()
+        """ids, mask (B, S) → values (B, S), float32 (float64 stays), 0 on padding."""
+        packing = Packing.of(ids, mask)
+        return packing.padded(linear_values(self.head, last_hidden_states(self.trunk, packing)))
 
 
 class PolicyWithValue(nn.Module):
@@ -92,40 +95,117 @@ class PolicyWithValue(nn.Module):
             "response_ids": response_ids,
             "response_mask": response_mask,
         }
-        logits, hidden = response_logits(self.language_model, inputs, hidden=self.value_head is not None)
-        if self.value_head is not None:
-            assert hidden is not None
-            values = self.value_head(hidden).squeeze(-1).float()
+        tokens = ResponseTokens.of(inputs)
+        if has_plain_head(self.language_model):
+            hidden = tokens.hidden_states(self.language_model.base_model)
+            logprobs, entropy = tokens.logprobs(
+                self.language_model,
+                hidden,
+                temperature=self.temperature,
+                differentiable_entropy=self.differentiable_entropy,
+            )
         else:
-            assert self.value_model is not None
-            values = at_predicting_positions(self.value_model(*sequences(inputs)), prompt_ids, response_ids)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable_entropy):
-            entropy = entropy_of(logits, temperature=self.temperature)
-        logprobs = logprobs_of(logits, safe_ids(response_ids, response_mask), temperature=self.temperature)
-        return Evaluation(logprobs, entropy, values)
+            logits, hidden = response_logits(self.language_model, tokens, inputs)
+            logprobs = logprobs_of(logits[None], tokens.ids[None], temperature=self.temperature)[0]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable_entropy):
+                entropy = entropy_of(logits[None], temperature=self.temperature)[0]
+        if self.value_model is not None:
+            values = linear_values(self.value_model.head, tokens.hidden_states(self.value_model.trunk))
+        else:
+            assert self.value_head is not None
+            values = linear_values(self.value_head, hidden)
+        return Evaluation(*(tokens.padded(each) for each in (logprobs, entropy, values)))
+
+
+@dataclass(frozen=True)
+class ResponseTokens:
+    """The K tokens of a batch's responses, where they are in it, and the packed tokens that predict them.
+
+    `ids` and `places` are some dummies longer than K, which `padded` drops.
+    """
+
+    packing: Packing  # prompts and responses, each without its last token, which predicts nothing
+    places: Tensor  # (K + dummies,) the predicting tokens among the packed ones
+    ids: Tensor  # (K + dummies,) of the predicted tokens
+    cells: Tensor  # (K,) their places in the flattened responses (B · T)
+    shape: torch.Size  # (B, T)
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> ResponseTokens:
+        """Rows without a response take no part."""
+        ids, mask = sequences(inputs)
+        decided = inputs["response_mask"]
+        before = inputs["prompt_ids"].shape[1]
+        predicting = torch.zeros_like(mask)
+        predicting[:, before - 1 : -1] = decided
+        seen = mask & (predicting.flip(1).cumsum(1).flip(1) > 0)  # all up to a row's last predicting token
+        packing = Packing.of(torch.where(mask, ids, 0), seen | predicting)
+        cells = decided.flatten().nonzero().squeeze(1)
+        dummies = (0, bucketed(len(cells)) - len(cells))
+        return cls(
+            packing=packing,
+            places=F.pad(packing.places_of(predicting.flatten().nonzero().squeeze(1)), dummies),
+            ids=F.pad(inputs["response_ids"].flatten()[cells], dummies),
+            cells=cells,
+            shape=decided.shape,
+        )
+
+    def hidden_states(self, trunk: nn.Module) -> Tensor:
+        """The last hidden state of each predicting token, (K + dummies, d)."""
+        return last_hidden_states(trunk, self.packing).index_select(0, self.places)
+
+    def logprobs(
+        self, language_model: PreTrainedModel, hidden: Tensor, *, temperature: float, differentiable_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        """log π of the response's tokens, and the entropies of their distributions. Each (K + dummies,)."""
+        head: Any = language_model.get_output_embeddings()
+        device = hidden.device.type
+        narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+        return head_logprobs(
+            hidden.to(narrow),
+            head.weight,
+            self.ids,
+            bias=head.bias,
+            temperature=temperature,
+            differentiable_entropy=differentiable_entropy,
+        )
+
+    def padded(self, each: Tensor) -> Tensor:
+        """(K + dummies,) → (B, T) float32 (float64 stays), 0 where no token was decided."""
+        each = each[: len(self.cells)]
+        return each.new_zeros(self.shape.numel()).index_copy(0, self.cells, each).view(self.shape)
+
+
+def linear_values(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """(…, d) → (…,): a value each, in float32 (float64 stays) whatever the precision."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear(hidden.to(wide), head.weight.to(wide), head.bias.to(wide)).squeeze(-1)
 
 
 def response_logprobs(language_model: PreTrainedModel, inputs: Inputs, *, temperature: float) -> Tensor:
     """log π(token) of each response token under a model without a value head, such as the reference. → (B, T)."""
-    logits, _ = response_logits(language_model, inputs, hidden=False)
-    ids = safe_ids(inputs["response_ids"], inputs["response_mask"])
-    return logprobs_of(logits, ids, temperature=temperature)
+    tokens = ResponseTokens.of(inputs)
+    if not has_plain_head(language_model):
+        logits, _ = response_logits(language_model, tokens, inputs)
+        return tokens.padded(logprobs_of(logits[None], tokens.ids[None], temperature=temperature)[0])
+    hidden = tokens.hidden_states(language_model.base_model)
+    logprobs, _ = tokens.logprobs(language_model, hidden, temperature=temperature, differentiable_entropy=False)
+    return tokens.padded(logprobs)
 
 
-def response_logits(language_model: PreTrainedModel, inputs: Inputs, *, hidden: bool) -> tuple[Tensor, Tensor | None]:
-    """Logits at the positions that predict the response, (B, T, V), and there the last hidden state.
-
-    The head runs on the response's positions alone.
+def response_logits(language_model: PreTrainedModel, tokens: ResponseTokens, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Logits and last hidden states of the predicting tokens, (K + dummies, V) and (K + dummies, d), by the model's own
+    forward: for a head that is more than one linear map.
     """
     ids, mask = sequences(inputs)
-    steps = inputs["response_ids"].shape[1]
+    steps = tokens.shape[1]
     output = language_model(
-        **model_inputs(language_model, ids, mask),
-        use_cache=False,
-        logits_to_keep=steps + 1,
-        output_hidden_states=hidden,
+        **model_inputs(language_model, ids, mask), use_cache=False, logits_to_keep=steps + 1, output_hidden_states=True
     )
-    return output.logits[:, -steps - 1 : -1], output.hidden_states[-1][:, -steps - 1 : -1] if hidden else None
+    cells = F.pad(tokens.cells, (0, len(tokens.ids) - len(tokens.cells)))
+    logits, hidden = (x[:, -steps - 1 : -1].flatten(0, 1) for x in (output.logits, output.hidden_states[-1]))
+    return logits[cells], hidden[cells]
 
 
 def sequences(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -134,14 +214,3 @@ def sequences(inputs: Inputs) -> tuple[Tensor, Tensor]:
         torch.cat([inputs["prompt_ids"], inputs["response_ids"]], dim=1),
         torch.cat([inputs["prompt_mask"], inputs["response_mask"]], dim=1),
     )
-
-
-def at_predicting_positions(per_position: Tensor, prompt_ids: Tensor, response_ids: Tensor) -> Tensor:
-    """The columns P − 1 … P + T − 2 of (B, P + T): those that predict the T tokens of the response."""
-    start = prompt_ids.shape[1] - 1
-    return per_position[:, start : start + response_ids.shape[1]]
-
-
-def safe_ids(ids: Tensor, mask: Tensor) -> Tensor:
-    """ids with 0 where the mask is False: the id of padding may lie outside the vocabulary."""
-    return torch.where(mask, ids, 0)

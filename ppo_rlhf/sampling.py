@@ -1,23 +1,35 @@
-"""`sample`: batched decoding of responses with a key–value cache; finished rows leave the batch."""
+"""`sample` and `stream`: decoding with a key–value cache in place; finished rows leave the batch, waiting ones enter.
+
+A prompt is read up to its last token. Then each step reads one token of every row and draws the next, so that rows of
+any age go together, and a prompt that is sampled many times is read once.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_rlhf.core import top_k_filter, top_p_filter
-from ppo_rlhf.models import evaluating, model_inputs, takes_position_ids
+from ppo_rlhf.errors import UserError
+from ppo_rlhf.forwards import Forward, forward_of, has_windows
+from ppo_rlhf.kv_cache import ColumnCache
+from ppo_rlhf.models import context_length, evaluating, takes_position_ids
 from ppo_rlhf.prompts import PromptBatch
 from ppo_rlhf.settings import SamplingSettings
 
-__all__ = ["Responses", "SamplingSettings", "draw", "sample", "stop_ids_of", "warn_of_truncation"]
+__all__ = ["Responses", "SamplingSettings", "draw", "sample", "stop_ids_of", "stream", "warn_of_truncation"]
 
-COMPACTION_SHARE = 0.75  # the cache is copied without its finished rows when fewer than this share still run
+ADMISSION_SHARE = 0.25  # prompts enter when so many rows are free: reading several costs little more than reading one
+SPARE_COLUMNS = 64  # steps between two moves of the whole cache, where prompts wait
+TOKENS_READ_TOGETHER = (256, 2**14)  # on a CPU and on a GPU: prompts of like length in one pass, with little padding
+MIN_SHARED_PREFIX = 8  # a beginning common to all prompts is read once from this length on
 
 
 @dataclass(frozen=True)
@@ -28,9 +40,9 @@ class Responses:
     mask: Tensor  # (B, T) bool, True through the stop token
     finished: Tensor  # (B,) bool: stopped by itself, not cut off
     texts: list[str]  # [B]
+    logprobs: Tensor  # (B, T) float32 at the settings' temperature, without top-k and top-p; 0 where the mask is False
 
 
-@torch.no_grad()
 def sample(
     language_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -40,86 +52,264 @@ def sample(
 ) -> Responses:
     """Samples one response for each prompt.
 
-    noise: uniform numbers in [0, 1), (B, max_new_tokens): token t of row b is the inverse of the cumulative
+    noise: uniform numbers in [0, 1), (B, max_new_tokens) or wider: token t of row b is the inverse of the cumulative
     distribution at noise[b, t]. So a row's response depends on its prompt and its noise, not on its
     neighbours or on when they stop.
 
-    → Responses, T being the longest response's length. The model's mode is kept; no dropout acts here.
+    → Responses, T being the longest response's length. The model's mode is kept; no dropout acts here. Raises
+    UserError for a prompt that leaves no room for max_new_tokens in the model's context, and for recurrent models.
     """
-    pieces = []
-    with evaluating(language_model):
-        for start in range(0, len(prompts), settings.batch_size):
-            rows = slice(start, start + settings.batch_size)
-            pieces.append(_decode(language_model, tokenizer, prompts[rows], settings, noise[rows]))
-    ids, mask, finished = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-    width = int(mask.sum(1).max())
-    ids, mask = ids[:, :width], mask[:, :width]
-    texts = [
-        str(tokenizer.decode(line[kept].tolist(), skip_special_tokens=True))
-        for line, kept in zip(ids, mask, strict=True)
-    ]
-    return Responses(ids, mask, finished, texts)
+    lines = [ids[mask].tolist() for ids, mask in zip(prompts.ids, prompts.mask, strict=True)]
+    drawn = deque(decode(language_model, tokenizer, lines, settings, noise), maxlen=1).pop()
+    lengths = drawn.lengths[:-1]
+    width = int(lengths.max())
+    ids, logprobs = drawn.ids[:-1, :width], drawn.logprobs[:-1, :width]
+    mask = torch.arange(width, device=ids.device) < lengths[:, None]
+    texts = [_text(tokenizer, line[kept].tolist()) for line, kept in zip(ids, mask, strict=True)]
+    return Responses(ids, mask, drawn.finished[:-1], texts, logprobs)
 
 
-def _decode(
+def stream(
+    language_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    settings: SamplingSettings,
+    generator: torch.Generator | None = None,
+) -> Iterator[str]:
+    """The response to one prompt, piece by piece as it is drawn; the pieces joined are the response's text.
+
+    A character of several tokens comes whole. The generator is PyTorch's global one when none is given.
+    """
+    noise = torch.rand(1, settings.max_new_tokens, generator=generator)
+    ids: list[int] = []
+    told, start = "", 0  # the text of ids[start:] that has been told
+    for drawn in decode(language_model, tokenizer, [tokenizer(prompt)["input_ids"]], settings, noise):
+        ids.append(int(drawn.ids[0, len(ids)]))
+        text = _text(tokenizer, ids[start:])
+        if text.endswith("\ufffd") or len(text) <= len(told):  # half a character, or nothing to see
+            continue
+        yield text[len(told) :]
+        start, told = _last_whole(tokenizer, ids, start, text)
+    yield _text(tokenizer, ids[start:])[len(told) :]
+
+
+def _last_whole(tokenizer: PreTrainedTokenizerBase, ids: list[int], start: int, text: str) -> tuple[int, str]:
+    """Where to decode from for the next piece: at the last token if it has a text of its own, else as before."""
+    own = _text(tokenizer, ids[-1:])
+    return (len(ids) - 1, own) if own and "\ufffd" not in own else (start, text)
+
+
+# ------------------------------------------------------------------------------------------------------ the loop
+
+
+@dataclass
+class Drawn:
+    """What has been drawn so far. One row more than prompts: the last catches what idle rows of the cache draw."""
+
+    ids: Tensor  # (B + 1, max_new_tokens) int64
+    logprobs: Tensor  # (B + 1, max_new_tokens) float32
+    lengths: Tensor  # (B + 1,) int64
+    finished: Tensor  # (B + 1,) bool
+
+    @classmethod
+    def nothing(cls, num_rows: int, length: int, pad_id: int, device: torch.device) -> Drawn:
+        """Before the first token."""
+        return cls(
+            torch.full((num_rows + 1, length), pad_id, device=device),
+            torch.zeros(num_rows + 1, length, device=device),
+            torch.zeros(num_rows + 1, dtype=torch.int64, device=device),
+            torch.zeros(num_rows + 1, dtype=torch.bool, device=device),
+        )
+
+
+@torch.no_grad()
+def decode(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: PromptBatch,
+    prompts: list[list[int]],
     settings: SamplingSettings,
     noise: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, mask (B, max_new_tokens) and finished (B,) of one batch."""
-    device, steps = prompts.ids.device, settings.max_new_tokens
+    *,
+    static: bool | None = None,
+) -> Iterator[Drawn]:
+    """One step after another; each yields the same `Drawn`, which has grown by a token in every running row.
+
+    static: all steps have one shape, which is compiled into a CUDA graph on a GPU (the default there; it has never been
+    run on one). The model is in evaluation mode until the iterator ends.
+    """
+    _check(model, prompts, settings, noise)
+    device, limit, num_prompts = model.device, settings.max_new_tokens, len(prompts)
+    static = device.type == "cuda" if static is None else static
+    waiting = sorted(range(num_prompts), key=lambda row: (len(prompts[row]), prompts[row]))  # the last one first
+    longest = len(prompts[waiting[-1]]) - 1
+    num_slots, num_columns = _room(settings, num_prompts, longest)
+    cache = ColumnCache(
+        model.config.get_text_config().num_hidden_layers, num_slots, num_columns, longest, device=device, static=static
+    )
+    drawn = Drawn.nothing(num_prompts, limit, int(tokenizer.pad_token_id), device)
+    noise = torch.cat([noise[:, :limit].to(device), noise.new_zeros(1, limit, device=device)])
+    last_tokens = torch.tensor([line[-1] for line in prompts] + [0], device=device)
+    last_positions = torch.tensor([len(line) - 1 for line in prompts] + [0], device=device)
     stop_ids = torch.tensor(stop_ids_of(settings, tokenizer), device=device)
-    ids = torch.full((len(prompts), steps), int(tokenizer.pad_token_id), device=device)
-    mask = torch.zeros(len(prompts), steps, dtype=torch.bool, device=device)
-    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    noise = noise.to(device)
+    rows = torch.full((num_slots,), num_prompts, device=device)  # which prompt each row of the cache has; B: none
+    tokens = torch.zeros_like(rows)  # the next to read
 
-    cache = DynamicCache(config=model.config)
-    rows = torch.arange(len(prompts), device=device)  # which row each line of the shrinking batch is
-    seen = prompts.mask
-    inputs = model_inputs(model, prompts.ids, prompts.mask)
-    for step in range(steps):
-        logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        tokens = draw(logits, noise[rows, step], settings)
-        running = ~finished[rows]
-        ids[rows[running], step] = tokens[running]
-        mask[rows[running], step] = True
-        finished[rows] |= torch.isin(tokens, stop_ids)
-        running = ~finished[rows]
-        num_running = int(running.sum())
-        if num_running == 0 or step == steps - 1:
-            break
-        seen = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1)
-        if num_running < COMPACTION_SHARE * len(rows):
-            kept = running.nonzero().squeeze(1)
-            cache.batch_select_indices(kept)
-            rows, tokens, seen = rows[kept], tokens[kept], seen[kept]
-        inputs = {"input_ids": tokens[:, None], "attention_mask": seen.long()}
-        if takes_position_ids(model):
-            inputs["position_ids"] = seen.sum(1, keepdim=True) - 1
-    return ids, mask, finished
+    with evaluating(model):
+        read = step = forward_of(model, num_rows=num_slots)
+        if static and device.type == "cuda":  # pragma: no cover - needs a GPU
+            step = torch.compile(read, mode="reduce-overhead", fullgraph=True)
+        prefix = _read_shared_prefix(model, read, cache, prompts)
+        running = 0
+        while waiting or running:
+            free = num_slots - running
+            if waiting and free >= min(len(waiting), max(1, ADMISSION_SHARE * num_slots)):
+                group = [waiting.pop() for _ in range(min(free, len(waiting)))]
+                slots = (rows == num_prompts).nonzero().squeeze(1)[: len(group)]
+                _read_prompts(read, cache, [prompts[row][:-1] for row in group], slots, prefix)
+                rows[slots] = torch.tensor(group, device=device)
+                tokens[slots] = last_tokens[rows[slots]]
+                running += len(group)
+                cache.window.used = num_slots if static else running
+            used = cache.window.used
+
+            current, steps = rows[:used], drawn.lengths[rows[:used]]
+            positions = (last_positions[current] + steps)[:, None]
+            logits = step(tokens[:used, None], positions, cache.open_column(), cache)
+            cache.close_column()
+            new, logprobs = draw(logits, noise[current, steps], settings)
+            tokens[:used] = new
+            drawn.ids[current, steps], drawn.logprobs[current, steps] = new, logprobs
+            stopped = (new[:, None] == stop_ids).any(1)
+            if settings.stop_strings:
+                stopped |= _stop_strings_end(tokenizer, drawn.ids, current, steps, settings)
+            drawn.finished[current] = stopped
+            drawn.lengths[current] = steps + 1
+            drawn.lengths[num_prompts] = 0
+            yield drawn
+
+            ended = (stopped | (steps + 1 == limit)) & (current < num_prompts)
+            if bool(ended.any()):
+                running -= int(ended.sum())
+                if static:
+                    cache.free(ended.nonzero().squeeze(1))
+                else:
+                    new, old = cache.close_ranks(ended)
+                    rows[new], tokens[new] = rows[old], tokens[old]
+                    ended = torch.arange(num_slots, device=device) >= running
+                rows[: len(ended)][ended] = num_prompts
 
 
-def draw(logits: Tensor, noise: Tensor, settings: SamplingSettings) -> Tensor:
-    """One token a row, by the inverse of the cumulative distribution. logits (B, V), noise (B,) → (B,) int64."""
+def _check(model: PreTrainedModel, prompts: list[list[int]], settings: SamplingSettings, noise: Tensor) -> None:
+    if len(noise) != len(prompts) or noise.shape[1] < settings.max_new_tokens:
+        raise ValueError(f"noise is {tuple(noise.shape)}; ({len(prompts)}, {settings.max_new_tokens}) is needed.")
+    longest, context = max(map(len, prompts)), context_length(model)
+    if longest + settings.max_new_tokens > context:
+        raise UserError(
+            f"a prompt of {longest} tokens and sampling.max_new_tokens={settings.max_new_tokens} do not fit into the "
+            f"model's context of {context}: shorten the one or lower the other."
+        )
+    layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if not layers <= {"full_attention", "sliding_attention"}:
+        raise UserError(
+            f"{type(model).__name__} has layers other than attention, {', '.join(sorted(layers))}: the sampler keeps "
+            "keys and values alone, and cannot decode it."
+        )
+
+
+def _room(settings: SamplingSettings, num_prompts: int, longest: int) -> tuple[int, int]:
+    """How many rows and columns the cache has."""
+    num_rows, num_columns = min(settings.batch_size, num_prompts), longest + settings.max_new_tokens
+    budget = settings.cached_tokens or num_rows * (num_columns + SPARE_COLUMNS)
+    if min(num_rows, budget // num_columns) < num_prompts:
+        num_columns += SPARE_COLUMNS
+    return max(1, min(num_rows, budget // num_columns)), num_columns
+
+
+def _read_shared_prefix(model: PreTrainedModel, forward: Forward, cache: ColumnCache, prompts: list[list[int]]) -> int:
+    """Reads the tokens that all prompts begin with, if they are many → how many it read.
+
+    Not for models in which the distance of two columns matters: padding stands between prefix and prompt.
+    """
+    same = takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
+    length = min(len(list(same)), min(map(len, prompts)) - 2)
+    if length < MIN_SHARED_PREFIX or len(prompts) == 1 or has_windows(model) or not takes_position_ids(model):
+        return 0
+    ids = torch.tensor([prompts[0][:length]], device=model.device)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    with cache.reading(None, None, mask):
+        forward(ids, mask.cumsum(1) - 1, mask, cache)
+    return length
+
+
+def _read_prompts(forward: Forward, cache: ColumnCache, lines: list[list[int]], slots: Tensor, prefix: int) -> None:
+    """Reads prompts, the longest first, into rows of the cache: equal ones once, all after the shared prefix."""
+    device = slots.device
+    places: dict[tuple[int, ...], list[int]] = {}
+    for line, slot in zip(lines, slots.tolist(), strict=True):
+        places.setdefault(tuple(line[prefix:]), []).append(slot)
+    unread = list(places)
+    while unread:
+        width = len(unread[0])
+        count = max(1, TOKENS_READ_TOGETHER[device.type == "cuda"] // max(1, width))
+        group, unread = unread[:count], unread[count:]
+        ids = torch.tensor([[0] * (width - len(line)) + list(line) for line in group], device=device)
+        mask = torch.arange(-width, 0) >= -torch.tensor([len(line) for line in group])[:, None]
+        mask = torch.cat([mask.new_ones(len(group), prefix), mask], dim=1).to(device)
+        pairs = torch.tensor([(slot, number) for number, line in enumerate(group) for slot in places[line]])
+        with cache.reading(pairs[:, 0].to(device), pairs[:, 1].to(device), mask):
+            if width:
+                forward(ids, (mask.cumsum(1) - 1).clamp(min=0)[:, prefix:], mask, cache)
+
+
+# ---------------------------------------------------------------------------------------------------- one token
+
+
+def draw(logits: Tensor, noise: Tensor, settings: SamplingSettings) -> tuple[Tensor, Tensor]:
+    """One token a row, by the inverse of the cumulative distribution, and its log-probability before top-k and top-p.
+
+    logits (B, V), noise (B,) → (B,) int64, (B,) float32.
+    """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if settings.temperature != 1.0:
         logits = logits / settings.temperature
+    probabilities = kept = logits.softmax(-1)
     if settings.top_k:
         logits = top_k_filter(logits, settings.top_k)
     if settings.top_p < 1:
         logits = top_p_filter(logits, settings.top_p)
-    cumulative = logits.softmax(-1).cumsum(-1)
+    if settings.top_k or settings.top_p < 1:
+        kept = logits.softmax(-1)
+    cumulative = kept.cumsum(-1)
     threshold = noise[:, None].to(cumulative) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+    tokens = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[-1] - 1)
+    return tokens.squeeze(1), probabilities.gather(1, tokens).squeeze(1).log().float()
 
 
 def stop_ids_of(settings: SamplingSettings, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that end a response: those of the settings, else the tokenizer's eos."""
     ids: Sequence[int] = settings.stop_token_ids or (tokenizer.eos_token_id,)
     return list(ids)
+
+
+def _stop_strings_end(
+    tokenizer: PreTrainedTokenizerBase, ids: Tensor, rows: Tensor, steps: Tensor, settings: SamplingSettings
+) -> Tensor:
+    """Whether each row's newest token completes a stop string, (N,) bool.
+
+    A token has a byte at least, so the last tokens, as many as the longest string has bytes, hold it whole; with one
+    more, whose leading space some tokenizers drop.
+    """
+    reach = 1 + max(len(string.encode()) for string in settings.stop_strings)
+    columns = steps[:, None] + torch.arange(1 - reach, 1, device=ids.device)
+    tails = ids[rows[:, None], columns.clamp(min=0)].tolist()
+    lines = [tail[max(0, reach - 1 - step) :] for tail, step in zip(tails, steps.tolist(), strict=True)]
+    texts = tokenizer.batch_decode(lines, skip_special_tokens=True)
+    ends = [any(string in text for string in settings.stop_strings) for text in texts]
+    return torch.tensor(ends, device=ids.device)
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def warn_of_truncation(settings: SamplingSettings) -> None:

@@ -102,12 +102,19 @@ class SamplingSettings:
     """Keep the smallest set of tokens with this probability; 1 keeps all. The same warning."""
     stop_token_ids: tuple[int, ...] = ()
     """Ids that end a response; empty: the tokenizer's eos token."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a response: it stops at the token that completes one of them, besides the stop ids."""
     batch_size: int = 256
-    """Rows decoded together, for memory alone: samples do not depend on it."""
+    """Rows decoded together, for memory alone: samples do not depend on it. As some end, waiting prompts enter."""
+    cached_tokens: int | None = None
+    """Tokens that the key-value cache has room for, all rows together: fewer rows where need be. null: no limit."""
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, f"sampling.max_new_tokens={self.max_new_tokens} must be at least 1.")
         require(self.temperature > 0, f"sampling.temperature={self.temperature} must be above 0.")
         require(self.top_k >= 0, f"sampling.top_k={self.top_k} must not be negative; 0 keeps all tokens.")
         require(0 < self.top_p <= 1, f"sampling.top_p={self.top_p} must lie in (0, 1]; 1 keeps all tokens.")
+        require("" not in self.stop_strings, 'sampling.stop_strings: "" would end every response at once.')
         require(self.batch_size >= 1, f"sampling.batch_size={self.batch_size} must be at least 1.")
+        cached = self.cached_tokens
+        require(cached is None or cached >= 1, f"sampling.cached_tokens={cached} must be at least 1, or null.")

@@ -21,8 +21,9 @@ STANDARD = set(sys.stdlib_module_names)
 
 ERRORS = {"errors"}
 LIGHT = ERRORS | {"settings"}  # free of torch
-LANGUAGE = LIGHT | {"core", "models", "data", "references"}
+LANGUAGE = LIGHT | {"core", "models", "packing", "data", "references"}
 EVERYTHING_BELOW = LANGUAGE | {
+    "compute",
     "config",
     "optimizer",
     "policy",
@@ -49,10 +50,14 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "update": ({"torch", "accelerate"}, LIGHT | {"core"}),
     "run": ({"torch", "accelerate", "safetensors", "yaml", "rich"}, ERRORS | {"core"}),
     "data": ({"torch", "datasets"}, ERRORS | {"references", "seeding"}),
-    "models": ({"torch", "transformers"}, ERRORS | {"references"}),
+    "packing": ({"torch", "transformers"}, set()),
+    "models": ({"torch", "transformers"}, ERRORS | {"packing", "references"}),
+    "compute": ({"torch"}, LIGHT),
     "prompts": ({"torch", "transformers", "datasets"}, LANGUAGE),
     "policy": ({"torch", "transformers"}, LANGUAGE),
-    "sampling": ({"torch", "transformers"}, LANGUAGE | {"prompts"}),
+    "kv_cache": ({"torch", "transformers"}, set()),
+    "forwards": ({"torch", "transformers"}, LANGUAGE),
+    "sampling": ({"torch", "transformers"}, LANGUAGE | {"forwards", "kv_cache", "prompts"}),
     "rewards": ({"torch", "transformers"}, LANGUAGE),
     "rollout": ({"torch", "transformers"}, LANGUAGE | {"policy", "prompts", "sampling"}),
     "toy": ({"torch", "transformers", "tokenizers"}, ERRORS | {"core", "rewards"}),

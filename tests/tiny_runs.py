@@ -169,12 +169,12 @@ def steps_of(folder):
     return [row["step"] for row in metrics_of(folder)]
 
 
+CLOCKED = ("time/", "tokens_per_second", "throughput/", "memory/")
+
+
 def without_times(rows):
     """The rows without what a clock decides."""
-    return [
-        {name: value for name, value in row.items() if not name.startswith("time/") and name != "tokens_per_second"}
-        for row in rows
-    ]
+    return [{name: value for name, value in row.items() if not name.startswith(CLOCKED)} for row in rows]
 
 
 def settings_of(folder):

@@ -12,7 +12,7 @@ from ppo_rlhf.core.kl import (
     exact_kl,
     kl_shaped_rewards,
 )
-from ppo_rlhf.core.logits import entropy_of, logprobs_of, top_k_filter, top_p_filter
+from ppo_rlhf.core.logits import entropy_of, head_logprobs, logprobs_of, top_k_filter, top_p_filter
 from ppo_rlhf.core.losses import bradley_terry_loss, clipped_policy_loss, ppo_loss, value_loss
 from ppo_rlhf.core.masked import (
     explained_variance,
@@ -38,6 +38,7 @@ __all__ = [
     "exact_kl",
     "explained_variance",
     "gae",
+    "head_logprobs",
     "identity",
     "kl_shaped_rewards",
     "logprobs_of",

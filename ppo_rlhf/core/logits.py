@@ -1,4 +1,4 @@
-"""From logits to the log-probabilities and entropies of decisions, a slice at a time; and the truncating filters.
+"""The log-probabilities and entropies of decisions, a slice at a time; and the truncating filters.
 
 `log_softmax` of a whole batch would be a second copy of the largest tensor of all, (B, T, vocabulary), in float32. Here
 each slice is widened, reduced and dropped.
@@ -7,11 +7,128 @@ each slice is widened, reduced and dropped.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 SLICE_ELEMENTS = 2**22  # 16 MiB of float32: small enough for a CPU's caches to help, large enough for a GPU to be busy
+HEAD_ROWS = 128  # fewer at a time, and reading the head's weights would cost more than the products
+KEPT_BYTES = 2**28  # up to so many bytes of probabilities wait for the backward pass, instead of being computed again
+
+
+def head_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    differentiable_entropy: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """What a language model's head says of tokens, without its logits ever being whole.
+
+        log softmax(z)[ids] and H = −Σ p·log p in nats, of z = (hidden · weightᵀ + bias) ÷ temperature
+
+    hidden (N, d), weight (V, d), bias (V,), ids (N,) → (N,) and (N,), float32 (float64 stays). Products are taken in
+    hidden's type, everything after them in float32.
+
+    A slice of tokens at a time is multiplied, reduced and dropped. Its probabilities wait for the backward pass where
+    all of them fit in KEPT_BYTES, and are computed again where not. The entropy has a gradient only where asked.
+    """
+    return _HeadLogprobs.apply(hidden, weight, bias, ids, temperature, differentiable_entropy)
+
+
+class _HeadLogprobs(torch.autograd.Function):
+    """∂ log p[id] / ∂z = onehot − p,   ∂H / ∂z = −p·(log p + H)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, temperature: float, entropic: bool
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs, entropy = (torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(2))
+        narrow = weight.to(hidden.dtype)
+        kept = None
+        if any(ctx.needs_input_grad[:3]) and len(hidden) * len(weight) * hidden.element_size() <= KEPT_BYTES:
+            kept = hidden.new_empty(len(hidden), len(weight))
+        for rows in _row_slices(len(hidden), len(weight), SLICE_ELEMENTS):
+            logits = _head_logits(hidden[rows], narrow, bias, temperature)
+            if kept is not None and kept.dtype == wide:
+                probabilities = torch.softmax(logits, -1, out=kept[rows])
+            else:
+                probabilities = logits.softmax(-1)
+            # the largest probability is at least 1/V: its logarithm is exact where the chosen one's may be −∞
+            partition = logits.amax(1) - probabilities.amax(1).log()
+            logprobs[rows] = logits.gather(1, ids[rows, None]).squeeze(1) - partition
+            entropy[rows] = partition - torch.linalg.vecdot(probabilities, logits)
+            if kept is not None and kept.dtype != wide:
+                kept[rows] = probabilities
+        ctx.save_for_backward(hidden, narrow, bias, ids, logprobs, entropy)
+        ctx.temperature, ctx.kept, ctx.weight_dtype = temperature, kept, weight.dtype
+        ctx.set_materialize_grads(False)
+        if not entropic:
+            ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_logprobs: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, ids, logprobs, entropy = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        grad_hidden, grad_weight, grad_bias = torch.empty_like(hidden) if needs_hidden else None, None, None
+        kept, ctx.kept = ctx.kept, None  # written over below: a second backward pass computes it again
+        zero = torch.zeros_like(logprobs)
+        of_logprobs, of_entropy = (zero if g is None else g / ctx.temperature for g in (of_logprobs, of_entropy))
+        for rows in _row_slices(len(hidden), len(weight), SLICE_ELEMENTS if kept is None else kept.numel()):
+            if kept is None:
+                gradient = _head_logits(hidden[rows], weight, bias, ctx.temperature).softmax(-1).to(hidden.dtype)
+            else:
+                gradient = kept[rows]
+            g, e = of_logprobs[rows, None], of_entropy[rows, None]
+            chosen, uncertainty = logprobs[rows, None], entropy[rows, None]
+            if of_entropy is zero:
+                gradient.mul_(-g)
+            else:
+                log = gradient.log().clamp_(min=torch.finfo(gradient.dtype).min)
+                gradient.mul_(log.add_(uncertainty).mul_(-e).sub_(g))
+            # −p·g at the chosen token and then + g would round 1 − p away in bf16
+            at_chosen = -torch.expm1(chosen) * g - chosen.exp() * (chosen + uncertainty) * e
+            gradient.scatter_(1, ids[rows, None], at_chosen.to(gradient.dtype))
+            if grad_hidden is not None:
+                torch.mm(gradient, weight, out=grad_hidden[rows])
+            if needs_weight:
+                grad_weight = _sum_of(grad_weight, gradient.t() @ hidden[rows], ctx.weight_dtype)
+            if needs_bias:
+                grad_bias = _sum_of(grad_bias, gradient.sum(0), bias.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def _sum_of(total: Tensor | None, term: Tensor, dtype: torch.dtype) -> Tensor:
+    return term.to(dtype) if total is None else total.add_(term)
+
+
+def _head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    """(n, V) in float32, for a slice of tokens."""
+    logits = _widened(hidden @ weight.t())
+    if bias is not None:
+        logits = logits + bias
+    return _divided(logits, temperature)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left · right, the product in the type of its factors."""
+    if total.dtype == right.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+def _row_slices(num_rows: int, width: int, elements: int) -> list[slice]:
+    """Slices of rows of about so many elements, and of HEAD_ROWS at least."""
+    size = max(HEAD_ROWS, elements // max(1, width))
+    return [slice(start, start + size) for start in range(0, num_rows, size)]
 
 
 def logprobs_of(logits: Tensor, ids: Tensor, *, temperature: float = 1.0) -> Tensor:

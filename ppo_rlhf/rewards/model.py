@@ -20,10 +20,10 @@ from ppo_rlhf.models import (
     evaluating,
     load_classifier,
     load_tokenizer,
-    model_inputs,
     right_padded,
     tokenizer_with_pad,
 )
+from ppo_rlhf.packing import Packing, last_hidden_states
 
 
 class ScoringNetwork(nn.Module):
@@ -34,17 +34,18 @@ class ScoringNetwork(nn.Module):
         self.classifier: Any = classifier  # its trunk and head differ from class to class
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """ids, mask (N, S) → raw scores (N,) float32, and the last hidden states (N, S, d).
+        """ids, mask (N, S) → raw scores (N,) float32, and the last hidden states (N, S, d), 0 on padding.
 
         The score is read at the last position of the mask, never at the last id that is not a pad: a prompt may well
         contain that id.
         """
-        trunk = self.classifier.base_model
-        hidden = trunk(**model_inputs(trunk, ids, mask), use_cache=False).last_hidden_state
+        packing = Packing.of(ids, mask)
+        packed = last_hidden_states(self.classifier.base_model, packing)
         positions = torch.arange(mask.shape[1], device=mask.device)
         last = torch.where(mask, positions, 0).max(dim=1).values
-        scores = self.classifier.score(hidden[torch.arange(len(ids), device=ids.device), last])
-        return scores.squeeze(-1).float(), hidden
+        cells = torch.arange(len(ids), device=ids.device) * mask.shape[1] + last
+        scores = self.classifier.score(packed[packing.places_of(cells)])
+        return scores.squeeze(-1).float(), packing.padded(packed)
 
 
 class RewardModel:

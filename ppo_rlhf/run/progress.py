@@ -15,6 +15,8 @@ SHOWN = {
     "objective/gold_score": "gold",
     "objective/kl": "KL",
     "response/length": "length",
+    "tokens_per_second": "tokens/s",
+    "throughput/matmul_share": "of peak",
     "episode/return": "return",
     "eval/return": "evaluated",
     "steps_per_second": "steps/s",

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_rlhf.compute import Compute, peak_memory_gib, set_up_products, use_products
 from ppo_rlhf.config import MissingEOS, PPOConfig
 from ppo_rlhf.core import (
     Experience,
@@ -31,7 +32,7 @@ from ppo_rlhf.seeding import keyed_generator, uniform_rows
 from ppo_rlhf.train import Callback
 from ppo_rlhf.train.ppo_evaluation import evaluate_held_out, summary_of
 from ppo_rlhf.train.ppo_parts import Parts, load_parts
-from ppo_rlhf.train.ppo_records import Clock, rollout_metrics, sample_rows
+from ppo_rlhf.train.ppo_records import Clock, multiplied_type, rollout_metrics, sample_rows, throughput_metrics
 from ppo_rlhf.update import ppo_update
 
 
@@ -58,6 +59,7 @@ def train(
         return {"finished": config.output_dir}
     warn_of_truncation(config.sampling)
     accelerator = start.accelerator
+    compute = set_up_products(config.matmul_precision, accelerator.device, multiplied_type(accelerator))
     parts = load_parts(config, accelerator, policy, tokenizer, reference, reward, gold, prompts)
     # Before the folder is made: a reward function that fails leaves nothing behind.
     before = None if config.resume else evaluate_held_out(parts, config, accelerator)
@@ -66,14 +68,17 @@ def train(
         state = run.resume()
         if state is None:
             before = before or evaluate_held_out(parts, config, accelerator)
-            state = LoopState(kl_coef=config.kl_coef, before=before.metrics)
+            state = LoopState(kl_coef=config.kl_coef, before=before.metrics, matmul_precision=compute.precision)
             run.log(0, before.metrics)
             run.log_held_out(0, before.rows)
+        elif state.matmul_precision not in ("", compute.precision):  # measured otherwise: go on as the run began
+            compute = replace(compute, precision=use_products(state.matmul_precision))
+        run.progress.tell(compute.message)
 
         while state.step < config.num_steps:
             clock = Clock()
             set_learning_rate(optimizer, learning_rate(config.optimizer, state.step, config.num_steps))
-            metrics, samples = ppo_step(state, model, optimizer, parts, config, accelerator, clock)
+            metrics, samples = ppo_step(state, model, optimizer, parts, config, accelerator, clock, compute)
             run.log_samples(samples)
             kl_coef = next_kl_coef(state.kl_coef, metrics["objective/kl"], config)
             state = replace(state, step=state.step + 1, kl_coef=kl_coef)
@@ -93,6 +98,7 @@ def ppo_step(
     config: PPOConfig,
     accelerator: Accelerator,
     clock: Clock,
+    compute: Compute,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """One rollout and its update; → the step's metrics, and rows for samples.jsonl."""
     step, size = state.step, config.batch_size
@@ -133,6 +139,8 @@ def ppo_step(
 
     metrics = rollout_metrics(rollout, experience, scores, gold, rewards, responses, accelerator)
     metrics |= statistics | clock.metrics(metrics["response/length"] * size)
+    metrics |= throughput_metrics(rollout, metrics, parts.model, parts.reference, config, compute)
+    metrics["memory/peak_gib"] = peak_memory_gib(accelerator.device)
     metrics |= {"kl_coef": state.kl_coef, "lr": optimizer.param_groups[0]["lr"], "episodes": (step + 1) * size}
     return metrics, sample_rows(step + 1, prompts, responses, scores, rollout, rewards, experience, parts.tokenizer)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,7 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppo_rlhf.config import PPOConfig
 from ppo_rlhf.data import held_out, load_rows
 from ppo_rlhf.errors import UserError
-from ppo_rlhf.models import context_length, disable_dropout, frozen_copy, load_policy, save_policy
+from ppo_rlhf.models import (
+    context_length,
+    disable_dropout,
+    frozen_copy,
+    load_policy,
+    save_policy,
+    use_quick_kernels,
+)
 from ppo_rlhf.policy import PolicyWithValue, TokenValues
 from ppo_rlhf.prompts import Prompts
 from ppo_rlhf.rewards import RewardFunction, RewardModel, load_reward
@@ -62,24 +70,32 @@ def load_parts(
             f"ppo.num_minibatches={config.ppo.num_minibatches}."
         )
     policy, tokenizer = policy_with_tokenizer(config, policy, tokenizer, what="the supervised policy to start from")
-    policy.to(accelerator.device)
+    use_quick_kernels(policy).to(accelerator.device)
     disable_dropout(policy)
+    loaded: list[nn.Module] = []  # frozen models that nobody else holds
     if reference is None:
         start = policy
         if config.reference is not None:
             trusted = config.trust_remote_code
             start, _ = load_policy(config.reference, setting="reference", trust_remote_code=trusted)
         reference = frozen_copy(start)
+        loaded.append(reference)
     if reward is None:
         source = named(config.reward, "reward", "a reward model's folder, or module:function")
         reward = load_reward(source, setting="reward", device=accelerator.device)
+        loaded += [reward.network] if isinstance(reward, RewardModel) else []
     if gold is None and config.gold is not None:
         gold = load_reward(config.gold, setting="gold", device=accelerator.device)
+        loaded += [gold.network] if isinstance(gold, RewardModel) else []
     longest = context_length(policy) - config.sampling.max_new_tokens
     train_prompts, eval_prompts = load_prompts(config, tokenizer, prompts, longest)
+    value_model = value_model_of(config, policy, tokenizer, reward)  # in float32, whatever the reward model becomes
+    if config.frozen_precision == "bf16":
+        for each in loaded:
+            each.to(torch.bfloat16)
     model = PolicyWithValue(
         policy,
-        value_model=value_model_of(config, policy, tokenizer, reward),
+        value_model=value_model,
         temperature=config.sampling.temperature,
         differentiable_entropy=config.ppo.entropy_coef != 0,
     )

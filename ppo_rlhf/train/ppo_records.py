@@ -7,10 +7,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_rlhf.compute import Compute, num_multiplied
+from ppo_rlhf.config import PPOConfig
 from ppo_rlhf.core import Experience, explained_variance, masked_sum
+from ppo_rlhf.models import has_plain_head
+from ppo_rlhf.packing import can_pack
+from ppo_rlhf.policy import PolicyWithValue, ResponseTokens
 from ppo_rlhf.prompts import PromptBatch
 from ppo_rlhf.rollout import Rollout
 from ppo_rlhf.sampling import Responses
@@ -67,6 +72,69 @@ def rollout_metrics(
         **{name: total / responses_total for name, total in zip(sums, totals, strict=True)},
         "value/explained_variance": float(explained),
     }
+
+
+def throughput_metrics(
+    rollout: Rollout,
+    metrics: dict[str, float],
+    model: PolicyWithValue,
+    reference: PreTrainedModel,
+    config: PPOConfig,
+    compute: Compute,
+) -> dict[str, float]:
+    """How fast this process was, from its rollout and the metrics of its clock and its update.
+
+    sampled, trained: response tokens a second, of sampling and of the update, in which each counts once an epoch.
+    matmul_share: model FLOPs of sampling, evaluation and update ÷ (their seconds · the measured peak of a product).
+    padding: share of the padded batch that is no token; computed_padding: what was computed of it after all.
+    """
+    tokens = ResponseTokens.of(rollout.inputs)
+    real, responded = len(tokens.packing), len(tokens.cells)
+    epochs = metrics["optimizer_steps"] / config.ppo.num_minibatches
+    padding = 1 - real / (tokens.packing.shape[0] * (tokens.packing.shape[1] - 1))
+    packed = has_plain_head(model.language_model) and can_pack(model.language_model.base_model, tokens.packing.width)
+    dummies = 1 - real / tokens.packing.ids.shape[1]
+    seconds = sum(metrics[f"time/{phase}"] for phase in ("sample", "evaluate", "update"))
+    flops = model_flops(model, reference, num_tokens=real, num_responded=responded, num_epochs=epochs)
+    return {
+        "throughput/sampled": responded / metrics["time/sample"],
+        "throughput/trained": responded * epochs / metrics["time/update"],
+        "throughput/matmul_share": flops / (seconds * compute.peak_flops),
+        "throughput/padding": padding,
+        "throughput/computed_padding": dummies if packed else padding,
+    }
+
+
+def model_flops(
+    model: PolicyWithValue, reference: PreTrainedModel, *, num_tokens: int, num_responded: int, num_epochs: float
+) -> float:
+    """Floating point operations that a rollout and its update need, by the weights that multiply a token:
+
+        2·(W·N + H·K) a forward pass, three times that with its backward pass
+
+    W: weights of a transformer's matrices, embeddings aside; H: of its head; N tokens, K of them responded. Sampling,
+    the old policy and the reference are a forward pass each, an epoch is one with its backward pass, and a value model
+    of its own has passes of its own. Attention's products of activations, recomputation and rewards are left out.
+    """
+
+    def forward(trunk: nn.Module, head: int) -> float:
+        return 2.0 * (num_multiplied(trunk) * num_tokens + head * num_responded)
+
+    policy = forward(model.language_model.base_model, _head_size(model.language_model))
+    total = policy * (2 + 3 * num_epochs) + forward(reference.base_model, _head_size(reference))
+    if model.value_model is not None:
+        total += forward(model.value_model.trunk, model.value_model.head.weight.numel()) * (1 + 3 * num_epochs)
+    return total
+
+
+def _head_size(model: PreTrainedModel) -> int:
+    head: Any = model.get_output_embeddings()
+    return head.weight.numel()
+
+
+def multiplied_type(accelerator: Accelerator) -> torch.dtype:
+    """In which forward passes multiply."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
 
 
 def sample_rows(

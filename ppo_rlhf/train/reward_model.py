@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_rlhf.compute import set_up_products
 from ppo_rlhf.config import RewardConfig
 from ppo_rlhf.core import bradley_terry_loss, logprobs_of
 from ppo_rlhf.data import Rows, load_rows, stream
@@ -75,6 +76,7 @@ def train(
     if start is None:
         return {"finished": config.output_dir}
     accelerator = start.accelerator
+    set_up_products(config.matmul_precision, accelerator.device, torch.float32)
     parts = load_parts(config, accelerator, policy, tokenizer, data, gold)
     num_steps = num_steps_of(config, len(parts.training), accelerator)
 

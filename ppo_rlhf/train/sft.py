@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_rlhf.compute import set_up_products
 from ppo_rlhf.config import SFTConfig
 from ppo_rlhf.core import logprobs_of, masked_mean, masked_sum
 from ppo_rlhf.data import text_column
@@ -53,6 +54,7 @@ def train(
     if start is None:
         return {"finished": config.output_dir}
     accelerator = start.accelerator
+    set_up_products(config.matmul_precision, accelerator.device, torch.float32)
     policy, tokenizer = policy_with_tokenizer(config, policy, tokenizer, what="the language model to start from")
     rows, eval_rows = training_and_held_out(
         config, data, required=(), what="demonstrations with `prompt` and `completion`, or `text`"

@@ -12,7 +12,7 @@ from core_cases import close, examples, floats, leaf, tensors
 from hypothesis import given
 from torch.autograd import gradcheck
 
-from ppo_rlhf.core import entropy_of, logits, logprobs_of, top_k_filter, top_p_filter
+from ppo_rlhf.core import entropy_of, head_logprobs, logits, logprobs_of, top_k_filter, top_p_filter
 
 INFINITY = float("inf")
 
@@ -150,6 +150,106 @@ def test_the_logprobs_of_all_tokens_are_a_distribution():
     x, _ = random_logits(1, 4, 6)
     each = [logprobs_of(x, torch.full((1, 4), token)).exp() for token in range(6)]
     close(sum(each), torch.ones(1, 4))
+
+
+# The head.
+
+SMALL = {"slices": (16, 2), "one slice": (2**22, 128)}  # elements and rows of a slice: of 6 tokens pieces of 2, or all
+BUDGETS = {"kept": 2**28, "computed again": 0}
+
+
+@pytest.fixture(params=SMALL)
+def slices(request, monkeypatch):
+    """The same whether the tokens go through in pieces or at once."""
+    monkeypatch.setattr(logits, "SLICE_ELEMENTS", SMALL[request.param][0])
+    monkeypatch.setattr(logits, "HEAD_ROWS", SMALL[request.param][1])
+
+
+@pytest.fixture(params=BUDGETS)
+def budget(request, monkeypatch):
+    """The same whether probabilities wait for the backward pass or are computed again."""
+    monkeypatch.setattr(logits, "KEPT_BYTES", BUDGETS[request.param])
+
+
+def random_head(tokens=6, width=3, vocabulary=8, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight, bias = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        for shape in ((tokens, width), (vocabulary, width), (vocabulary,))
+    )
+    return hidden, weight, bias, torch.randint(vocabulary, (tokens,), generator=generator)
+
+
+@pytest.mark.usefixtures("slices", "budget")
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_head_in_slices_says_what_whole_logits_say_gradients_included(temperature):
+    *parts, ids = random_head()
+    outcomes = []
+    for sliced in (True, False):
+        hidden, weight, bias = map(leaf, parts)
+        if sliced:
+            logprobs, entropy = head_logprobs(hidden, weight, ids, bias=bias, temperature=temperature)
+        else:
+            whole = (hidden @ weight.t() + bias)[None]
+            logprobs = logprobs_of(whole, ids[None], temperature=temperature)[0]
+            entropy = entropy_of(whole, temperature=temperature)[0]
+        weights = torch.arange(1.0, 7.0)
+        ((weights * logprobs).sum() + (weights.flip(0) * entropy).sum()).backward()
+        outcomes.append((logprobs, entropy, hidden.grad, weight.grad, bias.grad))
+    for one, other in zip(*outcomes, strict=True):
+        close(one, other, atol=1e-10)
+
+
+@pytest.mark.usefixtures("slices", "budget")
+def test_the_head_passes_gradcheck_also_for_each_input_alone():
+    *parts, ids = random_head()
+
+    def of(hidden, weight, bias):
+        return head_logprobs(hidden, weight, ids, bias=bias, temperature=0.7)
+
+    assert gradcheck(of, tuple(map(leaf, parts)))
+    for place in range(3):
+        assert gradcheck(of, tuple(leaf(x) if index == place else x for index, x in enumerate(parts)))
+
+
+@pytest.mark.usefixtures("budget")
+def test_a_second_backward_pass_through_the_head_gives_the_same_gradient():
+    hidden, weight, _, ids = random_head()
+    hidden = leaf(hidden)
+    logprobs, _ = head_logprobs(hidden, weight, ids)
+    first, second = (torch.autograd.grad(logprobs.sum(), hidden, retain_graph=True)[0] for _ in range(2))
+    close(first, second, atol=1e-12)
+
+
+def test_the_heads_entropy_is_differentiable_only_where_asked():
+    hidden, weight, _, ids = random_head()
+    logprobs, entropy = head_logprobs(leaf(hidden), weight, ids, differentiable_entropy=False)
+    assert logprobs.requires_grad
+    assert not entropy.requires_grad
+    hidden = leaf(hidden)
+    head_logprobs(hidden, weight, ids)[1].sum().backward()  # the entropy's gradient alone
+    assert hidden.grad.abs().max() > 0
+
+
+@pytest.mark.usefixtures("slices", "budget")
+def test_a_bf16_head_reduces_in_float32_and_keeps_what_is_left_of_a_sure_token():
+    hidden, weight, _, ids = random_head(dtype=torch.bfloat16)
+    weight, hidden = weight.float(), leaf(hidden)
+    logprobs, entropy = head_logprobs(hidden, leaf(weight), ids, temperature=0.7)
+    whole = (hidden @ weight.bfloat16().t()).float()[None]
+    close(logprobs, logprobs_of(whole, ids[None], temperature=0.7)[0], atol=1e-6)
+    close(entropy, entropy_of(whole, temperature=0.7)[0], atol=1e-6)
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    # Logits 8 and 0: 1 − p = 3.35e-4, which rounds to 0 beside 1 in bf16. ∂ log p[0] = (1 − p)·(w0 − w1).
+    sure = leaf(torch.tensor([[8.0, 0.0]], dtype=torch.bfloat16))
+    head_logprobs(sure, torch.eye(2), torch.tensor([0]))[0].sum().backward()
+    assert sure.grad[0].tolist() == pytest.approx([3.35e-4, -3.35e-4], rel=0.01)
+
+
+def test_a_head_whose_chosen_token_is_impossible_in_float32_says_how_impossible():
+    logprobs, entropy = head_logprobs(torch.tensor([[200.0]]), torch.tensor([[1.0], [-1.0]]), torch.tensor([1]))
+    assert logprobs.item() == -400
+    assert entropy.item() == 0
 
 
 # Filters.

@@ -93,7 +93,7 @@ def _padded(lines, name, extra, pad, *, left):
 def responses_of(inputs, tokenizer=None):
     """The responses of `inputs_of` as the sampler returns them."""
     ids, mask = inputs["response_ids"], inputs["response_mask"]
-    return Responses(ids, mask, torch.zeros(len(ids), dtype=torch.bool), [""] * len(ids))
+    return Responses(ids, mask, torch.zeros(len(ids), dtype=torch.bool), [""] * len(ids), torch.zeros(mask.shape))
 
 
 def plain_logits(model, ids):

@@ -1,4 +1,7 @@
-"""The sampler against a slow loop without cache, batch or padding; and its draw against exact frequencies."""
+"""The sampler against a slow loop without cache, batch or padding; and its draw against exact frequencies.
+
+`test_sampling_cache.py` has what makes it fast, `test_sampling_text.py` stop strings and streaming.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
-from ppo_rlhf import sampling
+from ppo_rlhf.errors import UserError
 from ppo_rlhf.sampling import SamplingSettings, draw, sample, stop_ids_of, warn_of_truncation
 from ppo_rlhf.seeding import uniform_rows
 
@@ -52,12 +55,8 @@ def several_stops():
     return (0, 2, 3, 4, 17, 30)
 
 
-@pytest.mark.parametrize("share", [0.0, sampling.COMPACTION_SHARE, 1.1], ids=["never", "default", "always"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_cached_sampler_equals_a_slow_loop_token_by_token(
-    architecture, tokenizer, several_stops, monkeypatch, share, temperature
-):
-    monkeypatch.setattr(sampling, "COMPACTION_SHARE", share)
+def test_the_cached_sampler_equals_a_slow_loop_token_by_token(architecture, tokenizer, several_stops, temperature):
     model = cases.make_model(architecture)
     prompts = cases.prompt_batch(tokenizer, cases.TEXTS * 2)
     noise = noise_for(len(prompts))
@@ -178,9 +177,32 @@ def test_sampling_acts_without_dropout_and_keeps_the_models_mode(tokenizer, trai
 
 def test_the_models_mode_is_kept_when_sampling_fails(tokenizer):
     model = cases.make_model().train()
+    unreadable = cases.prompt_batch(tokenizer)
+    unreadable.ids[0, -2] = cases.VOCABULARY
     with pytest.raises(IndexError):
-        sample(model, tokenizer, cases.prompt_batch(tokenizer), SamplingSettings(max_new_tokens=40), noise_for(4))
+        sample(model, tokenizer, unreadable, SamplingSettings(max_new_tokens=LENGTH), noise_for(4))
     assert model.training
+
+
+def test_what_does_not_fit_into_the_context_is_refused_in_one_line(tokenizer):
+    prompts, chosen = cases.prompt_batch(tokenizer), SamplingSettings(max_new_tokens=cases.CONTEXT - 5)
+    noise = torch.zeros(4, chosen.max_new_tokens)
+    with pytest.raises(UserError, match=r"max_new_tokens=43 do not fit into the model's context of 48") as caught:
+        sample(cases.make_model(), tokenizer, prompts, chosen, noise)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_whose_memory_is_more_than_keys_and_values_is_refused(tokenizer):
+    model = cases.make_model("llama")
+    model.config.layer_types = ["linear_attention", "full_attention"]
+    with pytest.raises(UserError, match="LlamaForCausalLM has layers other than attention"):
+        sample(model, tokenizer, cases.prompt_batch(tokenizer), SamplingSettings(max_new_tokens=3), noise_for(4))
+
+
+def test_too_little_noise_is_refused(tokenizer):
+    model, prompts, chosen = cases.make_model(), cases.prompt_batch(tokenizer), SamplingSettings(max_new_tokens=20)
+    with pytest.raises(ValueError, match=r"noise is \(4, 12\); \(4, 20\) is needed"):
+        sample(model, tokenizer, prompts, chosen, noise_for(4))
 
 
 def test_generation_defaults_of_the_model_do_not_leak(tokenizer):
@@ -221,7 +243,7 @@ def frequencies(logits, size, **options):
     """How often each token is drawn by `size` evenly spaced noises, the midpoints of [0, 1)."""
     noise = (torch.arange(size, dtype=torch.float64) + 0.5) / size
     logits = torch.as_tensor(logits, dtype=torch.float64).expand(size, -1)
-    tokens = draw(logits, noise, SamplingSettings(**options))
+    tokens, _ = draw(logits, noise, SamplingSettings(**options))
     return torch.bincount(tokens, minlength=logits.shape[1]).tolist()
 
 
@@ -262,13 +284,13 @@ def test_a_token_of_probability_zero_is_never_drawn(dtype, seed, width):
     logits[torch.rand(6, width, generator=generator) < 0.6] = -torch.inf
     logits[:, int(torch.randint(width, (), generator=generator))] = 0.0
     noise = torch.tensor([0.0, ALMOST_ONE, ALMOST_ONE, 0.0, 0.5, 0.99999])
-    tokens = draw(logits.to(dtype), noise, SamplingSettings())
+    tokens, _ = draw(logits.to(dtype), noise, SamplingSettings())
     assert logits.gather(1, tokens[:, None]).isfinite().all()
 
 
 def test_noise_at_its_two_ends_draws_the_first_and_the_last_possible_token():
     logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf], [-torch.inf, 0.0, 1.0, -torch.inf]])
-    assert draw(logits, torch.tensor([0.0, ALMOST_ONE]), SamplingSettings()).tolist() == [1, 2]
+    assert draw(logits, torch.tensor([0.0, ALMOST_ONE]), SamplingSettings())[0].tolist() == [1, 2]
 
 
 def test_draw_works_in_float32_whatever_the_dtype_of_the_logits():
@@ -276,7 +298,19 @@ def test_draw_works_in_float32_whatever_the_dtype_of_the_logits():
     noise = torch.rand(500, generator=torch.Generator().manual_seed(1))
     for options in ({}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.6}):
         chosen = SamplingSettings(**options)
-        assert torch.equal(draw(logits, noise, chosen), draw(logits.float(), noise, chosen))
+        for narrow, wide in zip(draw(logits, noise, chosen), draw(logits.float(), noise, chosen), strict=True):
+            assert torch.equal(narrow, wide)
+
+
+def test_the_log_probability_is_that_of_the_distribution_before_truncation():
+    logits = torch.tensor([[0.1, 0.3, 0.2, 0.4]]).log() + 5
+    for noise, token, expected in ((0.0, 1, 0.3), (0.9, 3, 0.4)):
+        tokens, logprobs = draw(logits, torch.tensor([noise]), SamplingSettings(top_k=2, top_p=0.75))
+        assert tokens.tolist() == [token]
+        assert logprobs.exp().item() == pytest.approx(expected, rel=1e-6)
+    # at T = 0.5 the probabilities are p²: 0.16 of 0.30
+    _, logprobs = draw(logits, torch.tensor([0.9]), SamplingSettings(temperature=0.5))
+    assert logprobs.exp().item() == pytest.approx(0.16 / 0.30, rel=1e-6)
 
 
 def test_a_truncating_sampler_warns_with_its_reason():

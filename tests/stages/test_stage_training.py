@@ -11,6 +11,7 @@ import tiny_runs
 import torch
 from tiny_runs import STOPS, metrics_of, same_weights, without_times
 
+from ppo_rlhf import compute
 from ppo_rlhf.config import MissingEOS, PPOConfig, RewardConfig, SFTConfig
 from ppo_rlhf.models import load_policy
 from ppo_rlhf.report import outcome_lines, write_report
@@ -504,3 +505,56 @@ def test_the_best_policy_by_score_minus_kl_is_kept_beside_the_last_one(models, d
 def test_a_truncating_sampler_says_that_its_kl_is_biased(models, data):
     with pytest.warns(UserWarning, match="top_k"):
         ppo.train(ppo_config(models, data, num_steps=1, sampling=replace(SAMPLING, top_k=5)))
+
+
+# ------------------------------------------------------------------------------------------------- throughput, memory
+
+
+def test_every_ppo_step_tells_its_throughput_and_its_memory(models, data, capsys):
+    ppo.train(ppo_config(models, data))
+    for row in metrics_of("ppo")[1:]:
+        assert row["throughput/sampled"] > 0
+        assert row["throughput/trained"] > 0
+        assert 0 < row["throughput/matmul_share"] < 1
+        assert 0 <= row["throughput/padding"] < 1
+        assert 0 <= row["throughput/computed_padding"] < 1
+        assert 0.05 < row["memory/peak_gib"] < 500
+    told = capsys.readouterr().err
+    assert "matrix products: " in told
+    assert "tokens/s" in told
+    assert "of peak" in told
+
+
+@pytest.mark.parametrize("value_model", ["shared", "separate"])
+def test_frozen_models_hold_no_gradients_and_where_told_half_the_bytes(models, data, value_model, monkeypatch):
+    reward_model.train(reward_config(models, data, num_epochs=0.2))
+    seen = []
+    load = ppo.load_parts
+    monkeypatch.setattr(ppo, "load_parts", lambda *arguments: seen.append(load(*arguments)) or seen[0])
+    ppo.train(ppo_config(models, data, reward="reward/reward_model", frozen_precision="bf16", value_model=value_model))
+    parts = seen[0]
+    for frozen in (parts.reference, parts.reward.classifier):
+        assert all(p.grad is None for p in frozen.parameters())
+        assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in parts.model.parameters()} == {torch.float32}
+    assert all(math.isfinite(row["objective/kl"]) for row in metrics_of("ppo")[1:])
+
+
+def test_a_resumed_run_multiplies_as_it_began(models, data, monkeypatch):
+    """Where another measurement would choose otherwise."""
+    used = []
+    monkeypatch.setattr(compute, "_quickest_exact", lambda: ("highest", "measured"))
+    monkeypatch.setattr(ppo, "use_products", lambda precision: used.append(precision) or precision)
+
+    def stop(step, metrics):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ppo.train(ppo_config(models, data, save_every=1), callbacks=[stop])
+    assert used == []
+    monkeypatch.setattr(compute, "_quickest_exact", lambda: ("medium", "measured"))
+    try:
+        ppo.train(ppo_config(models, data, save_every=1, resume=True))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert used == ["highest"]
