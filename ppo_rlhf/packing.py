@@ -153,7 +153,10 @@ def _of_two_sequences(trunk: Any, implementation: str) -> Tensor:
     ids, mask = torch.tensor([[0, 1], [1, 0]], device=trunk.device), torch.tensor([[True, True], [True, False]])
     if implementation == ATTENTION:
         return last_hidden_states(trunk, Packing.of(ids, mask.to(trunk.device)))[:3]
-    apart = [trunk(input_ids=line, use_cache=False).last_hidden_state[0] for line in (ids[:1], ids[1:, :1])]
+    apart = [
+        trunk(input_ids=line, attention_mask=torch.ones_like(line), use_cache=False).last_hidden_state[0]
+        for line in (ids[:1], ids[1:, :1])
+    ]
     return torch.cat(apart)
 
 

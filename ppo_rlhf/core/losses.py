@@ -142,7 +142,7 @@ class _LossWithGradient(torch.autograd.Function):
 
         outside = change.abs() > (torch.inf if clip_range is None else clip_range)
         rows = torch.stack([policy, value, entropy, change - log_ratio, outside.to(share.dtype), ratio])
-        means = rows.flatten(1) @ share.flatten()
+        means = rows.flatten(1) @ share.flatten().to(rows.dtype)
 
         clipped = (policy + advantages * ratio).abs() > 0  # and not where it is NaN, which a gradient must show
         policy_slope = torch.where(clipped, zero, policy)
