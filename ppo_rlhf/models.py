@@ -157,8 +157,9 @@ def _computes_plain_logits(model: Any) -> bool:
         return False
     with evaluating(model):
         ids = torch.tensor([[0, 1]], device=model.device)
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        return torch.equal(model(input_ids=ids, use_cache=False).logits, model.get_output_embeddings()(hidden))
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        hidden = model.base_model(**inputs).last_hidden_state
+        return torch.equal(model(**inputs).logits, model.get_output_embeddings()(hidden))
 
 
 def frozen_copy(model: nn.Module) -> Any:
