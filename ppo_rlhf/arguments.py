@@ -53,16 +53,16 @@ class CommandLine:
     commands: Mapping[str, Command]
 
 
-def run(line: CommandLine, execute: Callable[[str, Namespace], None], argv: Sequence[str]) -> int:
+def run(line: CommandLine, execute: Callable[[str, Namespace], int | None], argv: Sequence[str]) -> int:
     """Executes a command by its name and arguments; without one shows the help.
 
-    → 0, or 2 after one line on stderr for a user's mistake, or 130 when interrupted.
+    → what `execute` returns, by default 0; 2 after one line on stderr for a user's mistake; 130 when interrupted.
     """
     command = line.commands.get(_command_in(argv) or "", Command(""))
     try:
         given = read(line, argv)
         if given is not None:
-            execute(given.command, given[given.command])
+            return execute(given.command, given[given.command]) or 0
     except UserError as error:
         print("error: " + " ".join(part.strip() for part in str(error).splitlines()), file=sys.stderr)
         return 2

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor, nn
 
 from ppo_rlhf.config import PPOConfig
 from ppo_rlhf.models import evaluating
@@ -55,6 +57,8 @@ def evaluate_held_out(parts: Parts, config: PPOConfig, accelerator: Accelerator)
     if parts.gold is not None:
         gold = torch.tensor([row["gold_score"] for row in rows])
         metrics |= {"eval/gold_score": float(gold.mean()), "eval/gold_score_std": float(gold.std(correction=0))}
+        metrics["eval/gold_correlation"] = rank_correlation(torch.tensor([row["score"] for row in rows]), gold)
+    metrics["eval/reference_norm"] = weight_norm(parts.reference)
     return Outcome(metrics, rows, quality=metrics["eval/score"] - config.kl_coef * metrics["eval/kl"])
 
 
@@ -87,6 +91,19 @@ def _evaluate_batch(
             }
         )
     return rows
+
+
+def rank_correlation(one: Tensor, other: Tensor) -> float:
+    """Spearman's, of the ranks, where equal values share the mean of theirs. (N,) each; 0 without spread."""
+    ranks = torch.stack([(x[:, None] > x).sum(1).double() + (x[:, None] == x).sum(1) / 2 for x in (one, other)])
+    deviations = ranks - ranks.mean(1, keepdim=True)
+    scale = deviations.square().sum(1).prod().sqrt()
+    return float(deviations.prod(0).sum() / scale) if scale > 0 else 0.0
+
+
+def weight_norm(module: nn.Module) -> float:
+    """√Σ w² over all weights: the same at every evaluation, as long as nothing moves the module."""
+    return math.sqrt(sum(float(parameter.detach().double().square().sum()) for parameter in module.parameters()))
 
 
 def distinct_2(texts: Sequence[str], num_bigrams: int = NUM_BIGRAMS) -> float:
