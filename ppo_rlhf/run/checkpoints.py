@@ -124,6 +124,11 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if path.is_dir())
 
 
+def number_of(checkpoint: Path) -> int:
+    """The step after which it was saved."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def is_whole(checkpoint: Path) -> bool:
     """Whether every file that the manifest names is there, byte for byte."""
     try:

@@ -20,11 +20,19 @@ import yaml
 from accelerate import Accelerator
 
 from ppo_rlhf.errors import UserError
-from ppo_rlhf.run.checkpoints import LoopState, load_checkpoint, replaced_folder, save_checkpoint, write_text
+from ppo_rlhf.run.checkpoints import (
+    LoopState,
+    checkpoints_in,
+    load_checkpoint,
+    number_of,
+    replaced_folder,
+    save_checkpoint,
+    write_text,
+)
 from ppo_rlhf.run.progress import StepProgress
 
 # What a resumed run may change, for it changes nothing that is trained; and how long it trains, until it is finished.
-HOW_OFTEN = {"output_dir", "resume", "eval_every", "save_every", "keep_checkpoints", "log_with"}
+HOW_OFTEN = {"output_dir", "resume", "eval_every", "save_every", "keep_checkpoints", "log_with", "max_skips"}
 HOW_LONG = {"num_steps", "num_epochs"}
 SAMPLES_KEPT = 8  # of each evaluation
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy", "gymnasium")
@@ -127,6 +135,7 @@ class Run:
         self.config = config
         self.accelerator = accelerator
         self._started = started
+        self._skips = 0  # updates in a row up to now
         accelerator.wait_for_everyone()  # until all have seen whether the folder can be used
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
@@ -142,16 +151,34 @@ class Run:
         """Loads the last good checkpoint and forgets what was logged after it; None where there is none."""
         state = load_checkpoint(self.folder / "checkpoints", self.accelerator)
         if self.accelerator.is_main_process:
-            for name in ("metrics.jsonl", "samples.jsonl"):
+            for name in ("metrics.jsonl", "samples.jsonl", "bad_samples.jsonl"):
                 _keep_lines_until(self.folder / name, state.step if state else -1)
         self.accelerator.wait_for_everyone()
         return state
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl for a completed step, the same to the trackers, and to the eye."""
+        """One line of metrics.jsonl for a completed step, the same to the trackers, and to the eye.
+
+        Raises UserError when this was the last of `max_skips` updates in a row of which every step was skipped.
+        """
         self._append("metrics.jsonl", [{"step": step, **metrics}])
         self.accelerator.log({name: value for name, value in metrics.items() if math.isfinite(value)}, step=step)
         self.progress.show(step, metrics)
+        skipped = metrics.get("skipped_steps", 0) > 0 and not metrics.get("optimizer_steps", 0)
+        self._skips = self._skips + 1 if skipped else 0
+        if skipped:
+            self.progress.tell(f"step {step} was skipped: its loss or gradient is not finite; see bad_samples.jsonl.")
+        if self._skips >= self.config.max_skips:
+            raise UserError(self._stopped_by_skips(step))
+
+    def _stopped_by_skips(self, step: int) -> str:
+        first = step - self._skips + 1
+        names = [path.name for path in checkpoints_in(self.folder / "checkpoints") if number_of(path) < first]
+        way_on = f"{self.folder}/checkpoints/{names[-1]} is from before" if names else "no checkpoint is from before"
+        return (
+            f"the {self._skips} updates up to step {step} were skipped, for numbers that are not finite: their samples "
+            f"are in {self.folder}/bad_samples.jsonl, {way_on}. Lower optimizer.lr, or bound the reward."
+        )
 
     def log_held_out(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Lines of samples.jsonl: the first few of an evaluation's samples, the same at every evaluation."""
@@ -161,8 +188,17 @@ class Run:
         """Lines of samples.jsonl, each with its step."""
         self._append("samples.jsonl", rows)
 
+    def log_bad_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Lines of bad_samples.jsonl: what a skipped step was to learn from, each with its step."""
+        self._append("bad_samples.jsonl", rows)
+
     def save_checkpoint(self, state: LoopState) -> None:
-        """A checkpoint of all that was prepared by the accelerator, and the loop's state."""
+        """A checkpoint of all that was prepared by the accelerator, and the loop's state.
+
+        None while updates are skipped, so that the one from before is kept.
+        """
+        if self._skips:
+            return
         save_checkpoint(self.folder / "checkpoints", state, self.accelerator, keep=self.config.keep_checkpoints)
 
     def save_model(self, name: str, save: Callable[[Path], None]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -29,6 +30,7 @@ from ppo_rlhf.run import LoopState, Run, begin, share_of
 from ppo_rlhf.sampling import sample, warn_of_truncation
 from ppo_rlhf.seeding import keyed_generator, uniform_rows
 from ppo_rlhf.train import Callback
+from ppo_rlhf.train.bad_samples import bad_samples
 from ppo_rlhf.train.ppo_evaluation import evaluate_held_out, summary_of
 from ppo_rlhf.train.ppo_parts import Parts, load_parts
 from ppo_rlhf.train.ppo_records import Clock, rollout_metrics, sample_rows
@@ -73,8 +75,9 @@ def train(
         while state.step < config.num_steps:
             clock = Clock()
             set_learning_rate(optimizer, learning_rate(config.optimizer, state.step, config.num_steps))
-            metrics, samples = ppo_step(state, model, optimizer, parts, config, accelerator, clock)
+            metrics, samples, bad = ppo_step(state, model, optimizer, parts, config, accelerator, clock)
             run.log_samples(samples)
+            run.log_bad_samples(bad)
             kl_coef = next_kl_coef(state.kl_coef, metrics["objective/kl"], config)
             state = replace(state, step=state.step + 1, kl_coef=kl_coef)
             state = evaluate_and_save(run, state, metrics, parts, config)
@@ -93,8 +96,8 @@ def ppo_step(
     config: PPOConfig,
     accelerator: Accelerator,
     clock: Clock,
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """One rollout and its update; → the step's metrics, and rows for samples.jsonl."""
+) -> tuple[dict[str, float], list[dict[str, Any]], list[dict[str, Any]]]:
+    """One rollout and its update; → the step's metrics, rows for samples.jsonl, and those that spoilt the update."""
     step, size = state.step, config.batch_size
     mine = share_of(size, accelerator)
     rows = stream(len(parts.prompts), step * size, (step + 1) * size, config.seed)[mine].tolist()
@@ -113,8 +116,14 @@ def ppo_step(
         )
         clock.lap("evaluate")
     columns = parts.prompts.columns_of(rows)
-    scores = score(parts.reward, prompts.texts, responses.texts, columns).total.to(accelerator.device)
-    gold = score(parts.gold, prompts.texts, responses.texts, columns).total if parts.gold is not None else None
+
+    def scored(reward: RewardFunction) -> Tensor:
+        # One that is not finite makes all advantages NaN, and all of the update's steps are skipped.
+        found = score(reward, prompts.texts, responses.texts, columns, must_be_finite=False)
+        return found.total.to(accelerator.device)
+
+    scores = scored(parts.reward)
+    gold = scored(parts.gold) if parts.gold is not None else None
     clock.lap("score")
 
     kl = approx_kl(rollout.logprobs, rollout.ref_logprobs, "k1")  # unbiased in the reward, where no gradient flows
@@ -134,7 +143,9 @@ def ppo_step(
     metrics = rollout_metrics(rollout, experience, scores, gold, rewards, responses, accelerator)
     metrics |= statistics | clock.metrics(metrics["response/length"] * size)
     metrics |= {"kl_coef": state.kl_coef, "lr": optimizer.param_groups[0]["lr"], "episodes": (step + 1) * size}
-    return metrics, sample_rows(step + 1, prompts, responses, scores, rollout, rewards, experience, parts.tokenizer)
+    samples = sample_rows(step + 1, prompts, responses, scores, rollout, rewards, experience, parts.tokenizer)
+    bad = bad_samples(step + 1, prompts, responses, scores, rollout, experience) if metrics["skipped_steps"] else []
+    return metrics, samples, bad
 
 
 def experience_of(rollout: Rollout, rewards: Tensor, config: PPOConfig, accelerator: Accelerator) -> Experience:
@@ -169,7 +180,7 @@ def missing_eos_rule(scores: Tensor, finished: Tensor, rule: MissingEOS) -> Tens
 
 def next_kl_coef(kl_coef: float, kl: float, config: PPOConfig) -> float:
     """β of the next step: fixed, or adapted to the target KL by the global batch's mean KL to the reference."""
-    if config.kl_target is None:
+    if config.kl_target is None or not math.isfinite(kl):
         return kl_coef
     return adapt_kl_coef_proportional(
         kl_coef, kl, target=config.kl_target, horizon=config.kl_horizon, num_episodes=config.batch_size
@@ -182,7 +193,7 @@ def evaluate_and_save(
     """The end of a step: evaluation where one is due, the best policy kept, metrics logged, a checkpoint where due."""
     last = state.step == config.num_steps
     if last or (config.eval_every and state.step % config.eval_every == 0):
-        outcome = evaluate_held_out(parts, config, run.accelerator)
+        outcome = evaluate_held_out(parts, config, run.accelerator, must_be_finite=False)
         metrics |= outcome.metrics
         run.log_held_out(state.step, outcome.rows)
         state = replace(state, after=outcome.metrics)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ppo_rlhf.config import PPOConfig
 from ppo_rlhf.models import evaluating
 from ppo_rlhf.policy import response_logprobs
-from ppo_rlhf.rewards import score
+from ppo_rlhf.rewards import RewardFunction, score
 from ppo_rlhf.rollout import inputs_of
 from ppo_rlhf.run import gathered, share_of
 from ppo_rlhf.sampling import sample
@@ -34,18 +34,20 @@ class Outcome:
 
 
 @torch.no_grad()
-def evaluate_held_out(parts: Parts, config: PPOConfig, accelerator: Accelerator) -> Outcome:
+def evaluate_held_out(
+    parts: Parts, config: PPOConfig, accelerator: Accelerator, *, must_be_finite: bool = True
+) -> Outcome:
     """Samples a response to every held-out prompt, at the run's temperature, and measures what the run is about.
 
-    Scores are raw: before the rule for a missing eos and the KL penalty. KL is per response, in nats.
+    Scores are raw: before the rule for a missing eos and the KL penalty. KL is per response, in nats. must_be_finite: a
+    score that is not raises UserError, as it should before a run and not in its tenth hour.
     """
     numbers = range(len(parts.eval_prompts))[share_of(len(parts.eval_prompts), accelerator)]
     rows: list[dict[str, Any]] = []
     with accelerator.autocast(), evaluating(parts.model):
         for start in range(0, len(numbers), config.sampling.batch_size):
-            rows += _evaluate_batch(
-                list(numbers[start : start + config.sampling.batch_size]), parts, config, accelerator
-            )
+            batch = list(numbers[start : start + config.sampling.batch_size])
+            rows += _evaluate_batch(batch, parts, config, accelerator, must_be_finite)
     rows = gathered(rows)
     metrics = {
         "eval/score": _mean([row["score"] for row in rows]),
@@ -63,15 +65,19 @@ def evaluate_held_out(parts: Parts, config: PPOConfig, accelerator: Accelerator)
 
 
 def _evaluate_batch(
-    numbers: list[int], parts: Parts, config: PPOConfig, accelerator: Accelerator
+    numbers: list[int], parts: Parts, config: PPOConfig, accelerator: Accelerator, must_be_finite: bool
 ) -> list[dict[str, Any]]:
     model, temperature = parts.model.language_model, config.sampling.temperature
     prompts = parts.eval_prompts.batch(numbers, accelerator.device)
     noise = uniform_rows(numbers, config.sampling.max_new_tokens, config.seed, "held out")
     responses = sample(model, parts.tokenizer, prompts, config.sampling, noise)
     columns = parts.eval_prompts.columns_of(numbers)
-    scores = score(parts.reward, prompts.texts, responses.texts, columns).total.tolist()
-    gold = score(parts.gold, prompts.texts, responses.texts, columns).total.tolist() if parts.gold is not None else None
+
+    def scored(reward: RewardFunction) -> list[float]:
+        return score(reward, prompts.texts, responses.texts, columns, must_be_finite=must_be_finite).total.tolist()
+
+    scores = scored(parts.reward)
+    gold = scored(parts.gold) if parts.gold is not None else None
     inputs = inputs_of(prompts, responses)
     logprobs = response_logprobs(model, inputs, temperature=temperature)
     ref_logprobs = response_logprobs(parts.reference, inputs, temperature=temperature)
