@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import torch
 import yaml
 from accelerate import Accelerator
 
-from ppo_rlhf.errors import UserError
+from ppo_rlhf.errors import Interrupted, UserError
 from ppo_rlhf.run.checkpoints import (
     LoopState,
     checkpoints_in,
@@ -27,9 +28,12 @@ from ppo_rlhf.run.checkpoints import (
     number_of,
     replaced_folder,
     save_checkpoint,
+    told_if_unwritable,
     write_text,
 )
+from ppo_rlhf.run.lock import lock
 from ppo_rlhf.run.progress import StepProgress
+from ppo_rlhf.run.stopping import StopRequest
 
 # What a resumed run may change, for it changes nothing that is trained; and how long it trains, until it is finished.
 HOW_OFTEN = {"output_dir", "resume", "eval_every", "save_every", "keep_checkpoints", "log_with", "max_skips"}
@@ -137,8 +141,13 @@ class Run:
         self._started = started
         self._skips = 0  # updates in a row up to now
         accelerator.wait_for_everyone()  # until all have seen whether the folder can be used
+        self._stop = StopRequest(tells=accelerator.is_main_process)
+        self._saved = -1  # step of the latest checkpoint
+        self._lock: IO[str] | None = None
         if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
+            with told_if_unwritable(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                self._lock = lock(folder)
             (folder / "summary.json").unlink(missing_ok=True)  # before all else: a run that goes on is not finished
             write_config(folder, config)
             write_text(folder / "environment.json", json.dumps(_environment(config, kind, accelerator), indent=1))
@@ -199,13 +208,16 @@ class Run:
         """
         if self._skips:
             return
-        save_checkpoint(self.folder / "checkpoints", state, self.accelerator, keep=self.config.keep_checkpoints)
+        folder = self.folder / "checkpoints"
+        with told_if_unwritable(folder / f"step_{state.step:06d}"):
+            save_checkpoint(folder, state, self.accelerator, keep=self.config.keep_checkpoints)
+        self._saved = state.step
 
     def save_model(self, name: str, save: Callable[[Path], None]) -> Path:
         """A `save_pretrained` folder of the run, written whole or not at all; → its path."""
         folder = self.folder / name
         if self.accelerator.is_main_process:
-            with replaced_folder(folder) as temporary:
+            with told_if_unwritable(folder), replaced_folder(folder) as temporary:
                 save(temporary)
         self.accelerator.wait_for_everyone()
         return folder
@@ -231,15 +243,33 @@ class Run:
         """
         complete = strict_json({**summary, "seconds": round(time.monotonic() - self._started, 1)}, indent=1)
         if self.accelerator.is_main_process:
-            write_text(self.folder / "summary.json", complete)
+            with told_if_unwritable(self.folder / "summary.json"):
+                write_text(self.folder / "summary.json", complete)
         return {**json.loads(complete), "output_dir": str(self.folder)}
 
+    def stop_if_asked(self, state: LoopState) -> None:
+        """The end of a step: after Ctrl-C or SIGTERM saves a checkpoint and raises Interrupted, in all processes."""
+        asked = self._stop.signal
+        if self.accelerator.num_processes > 1:
+            numbers = torch.tensor(asked, device=self.accelerator.device)
+            asked = int(self.accelerator.gather(numbers.reshape(1)).max())
+        if not asked:
+            return
+        if self._saved != state.step:
+            self.save_checkpoint(state)
+        way_on = f"--resume --output-dir {self.folder} goes on from the last checkpoint."
+        raise Interrupted(f"stopped after step {state.step}; {way_on}", 128 + asked)
+
     def __enter__(self) -> Run:
+        self._stop.listen()
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         """Ends progress and trackers, also after an error: then without the other processes, which may never come."""
+        self._stop.forget()
         self.progress.close()
+        if self._lock is not None:
+            self._lock.close()
         if error is None:
             self.accelerator.wait_for_everyone()
         # Not end_training, which ends the process group as well, and with it the next stage of a pipeline.
@@ -248,7 +278,8 @@ class Run:
 
     def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         if self.accelerator.is_main_process and rows:
-            with (self.folder / name).open("a", encoding="utf-8") as file:
+            path = self.folder / name
+            with told_if_unwritable(path), path.open("a", encoding="utf-8") as file:
                 file.writelines(strict_json(row) + "\n" for row in rows)
 
 

@@ -83,6 +83,7 @@ def train(
             state = evaluate_and_save(run, state, metrics, parts, config)
             for callback in callbacks:
                 callback(state.step, metrics)
+            run.stop_if_asked(state)
 
         run.save_model("policy", lambda path: parts.save_policy(path, config))
         return run.finish(summary_of(state.before, state.after))

@@ -108,6 +108,7 @@ def fit(
             run.save_checkpoint(state)
         for callback in callbacks:
             callback(state.step, metrics)
+        run.stop_if_asked(state)
     return state
 
 
