@@ -130,6 +130,8 @@ class TrainConfig:
     """Environment steps between checkpoints, which take some 50 ms; 0: only at the end."""
     keep_checkpoints: int = 2
     """How many of the latest checkpoints stay."""
+    max_skips: int = 5
+    """So many updates in a row that were skipped, for numbers that are not finite, end a run that has a folder."""
     log_with: tuple[str, ...] = ("tensorboard",)
     """Accelerate's trackers: tensorboard, wandb, trackio, …"""
     environment: EnvironmentSettings = field(default_factory=EnvironmentSettings)
@@ -150,7 +152,7 @@ class TrainConfig:
     """AdamW and its learning rate over the updates."""
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "num_envs", "horizon", "eval_episodes", "keep_checkpoints"):
+        for name in ("num_steps", "num_envs", "horizon", "eval_episodes", "keep_checkpoints", "max_skips"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
         for name in ("eval_every", "save_every"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative.")

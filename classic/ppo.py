@@ -115,6 +115,7 @@ def run(
                 state = evaluate_and_save(folder, learner, judge, state, metrics)
                 for callback in callbacks:
                     callback(state.step, metrics)
+                folder.stop_if_asked(replace(state, tensors=learner.collector.state_dict()))
             if not state.after:  # resumed beyond its end
                 state = evaluated(folder, learner, judge, state)
             folder.save_model("policy", learner.policy.save)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from ppo_rlhf.errors import UserError, did_you_mean
+from ppo_rlhf.errors import Interrupted, UserError, did_you_mean
 
 Settings = TypeVar("Settings")
 
@@ -53,19 +53,23 @@ class CommandLine:
     commands: Mapping[str, Command]
 
 
-def run(line: CommandLine, execute: Callable[[str, Namespace], None], argv: Sequence[str]) -> int:
+def run(line: CommandLine, execute: Callable[[str, Namespace], int | None], argv: Sequence[str]) -> int:
     """Executes a command by its name and arguments; without one shows the help.
 
-    → 0, or 2 after one line on stderr for a user's mistake, or 130 when interrupted.
+    → what `execute` returns, by default 0; 2 after one line on stderr for a user's mistake; 130 when interrupted, 143
+    when terminated.
     """
     command = line.commands.get(_command_in(argv) or "", Command(""))
     try:
         given = read(line, argv)
         if given is not None:
-            execute(given.command, given[given.command])
+            return execute(given.command, given[given.command]) or 0
     except UserError as error:
         print("error: " + " ".join(part.strip() for part in str(error).splitlines()), file=sys.stderr)
         return 2
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return stop.code
     except KeyboardInterrupt:
         way_on = "; --resume with the same --output-dir goes on from the last checkpoint" if command.resumable else ""
         print(f"interrupted{way_on}.", file=sys.stderr)

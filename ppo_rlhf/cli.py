@@ -18,6 +18,11 @@ def _add_run(parser: ArgumentParser) -> None:
     parser.add_argument("run", help="the run's folder")
 
 
+def _add_doctor(parser: ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument("--watch", action="store_true", help="follow a run in progress until it ends, or Ctrl-C")
+
+
 TOY_CONFIG = Path(__file__).parent / "toy" / "pipeline.yaml"
 COMMANDS = {
     "demo": Command(
@@ -29,6 +34,9 @@ COMMANDS = {
     "reward": Command("Reward modelling: comparisons → reward model.", RewardConfig),
     "ppo": Command("PPO: prompts and a reward → tuned policy.", PPOConfig),
     "pipeline": Command("The three stages in order.", PipelineConfig),
+    "doctor": Command(
+        "Look for what is wrong with a run; exit code 1 where something was found.", add_arguments=_add_doctor
+    ),
     "report": Command("Write report.html into a run's folder.", add_arguments=_add_run),
 }
 COMMAND_LINE = CommandLine("ppo-rlhf", "PPO for language models: supervised fine-tuning, reward model, PPO.", COMMANDS)
@@ -40,12 +48,14 @@ def entry_point() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs a command. → 0, or 2 after one line on stderr for a user's mistake, or 130 when interrupted."""
+    """Runs a command. → 0; 1 where the doctor found something; 2 after one line on stderr for a user's mistake; 130."""
     return run(COMMAND_LINE, _execute, argv)
 
 
-def _execute(command: str, given: Namespace) -> None:
+def _execute(command: str, given: Namespace) -> int | None:
     settings = COMMANDS[command].settings
+    if command == "doctor":
+        return _diagnose(given)
     if settings is None:
         from ppo_rlhf.report import write_report
 
@@ -55,6 +65,22 @@ def _execute(command: str, given: Namespace) -> None:
         summary, lines = _train(command, settings_in(given, settings))
     if summary:
         print(json.dumps(summary) if given.json else "\n".join(lines))
+    return None
+
+
+def _diagnose(given: Namespace) -> int:
+    """→ 1 where the doctor found something, else 0."""
+    from rich.console import Console
+
+    from ppo_rlhf import doctor
+
+    console = Console(stderr=given.json, highlight=False, markup=False)
+    findings = doctor.watch(Path(given.run), console) if given.watch else doctor.examine(Path(given.run))
+    if given.json:
+        print(json.dumps({"healthy": not findings, "findings": [finding.as_dict() for finding in findings]}))
+    elif not given.watch or not findings:
+        doctor.show(findings, console)
+    return 1 if findings else 0
 
 
 def _train(command: str, config: Any) -> tuple[dict[str, Any], list[str]]:

@@ -32,6 +32,9 @@ class RunConfig:
     """Mixed precision of the forward passes, through Accelerate."""
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
     """torch.set_float32_matmul_precision. auto: on a CPU the quicker of those that are exact there, by measurement."""
+    max_skips: int = 5
+    """So many updates in a row that were skipped, for numbers that are not finite, end the run. With four epochs of PPO
+    it leaves fp16's loss scale the 16 halvings that it needs at most from its first value, 2^16."""
     log_with: tuple[str, ...] = ("tensorboard",)
     """Accelerate's trackers: tensorboard, wandb, trackio, …"""
     trust_remote_code: bool = False
@@ -41,6 +44,7 @@ class RunConfig:
         for name in ("eval_every", "save_every"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative.")
         require(0 <= self.seed < 2**32, f"seed={self.seed} must lie between 0 and 2**32 - 1.")
+        require(self.max_skips >= 1, f"max_skips={self.max_skips} must be at least 1.")
         require(self.keep_checkpoints >= 1, f"keep_checkpoints={self.keep_checkpoints} must be at least 1.")
 
 
@@ -54,6 +58,9 @@ class SupervisedConfig(RunConfig):
     """Examples of one optimizer step, over all processes."""
     micro_batch_size: int | None = None
     """Examples of one forward and backward, for memory alone; null: all of a process's share."""
+    max_skips: int = 20
+    """So many steps in a row that were skipped, for numbers that are not finite, end the run: more than the 16 halvings
+    that fp16's loss scale needs at most from its first value, 2^16."""
     max_grad_norm: float = 1.0
     """The gradient's norm is clipped to this."""
     eval_fraction: float = 0.05

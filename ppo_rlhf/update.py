@@ -43,7 +43,8 @@ def ppo_update(
 
     A minibatch's loss is its sum over micro-batches and processes divided by the decisions in all of them, so how it is
     split changes memory and speed and nothing else. → the statistics of `ppo_loss` averaged over the steps, `grad_norm`
-    before clipping, and how many steps were taken, skipped and left out.
+    before clipping, `policy/first_kl` of the first minibatch before any step, 0 where the policy is the one that the
+    rollout was evaluated with, and how many steps were taken, skipped and left out.
 
     Raises ValueError when num_minibatches does not divide the rows.
     """
@@ -63,12 +64,15 @@ def ppo_update(
     loss_settings = _loss_settings(settings, kl_penalty_coef, kl_divergence, experience.mask.device)
     history: list[Tensor] = []
     names: list[str] = []
+    first_kl = torch.zeros(())
     with _tracing_gradients() if compiled else contextlib.nullcontext():
         for minibatch, count in _minibatches(experience, size, settings, sum_across, mean_across, generator):
             pieces = list(minibatch.split(settings.micro_batch_size or size))
             statistics = gradient_of(policy, pieces, loss_settings, count, None if alone else accelerator)
             names = list(statistics)
             means = mean_across(torch.stack(list(statistics.values())))
+            if not history:  # nothing has moved yet
+                first_kl = means[names.index("policy/approx_kl")]
             # All processes see the reduced value and stop together, or the next all-reduce would wait forever.
             if settings.target_kl is not None and means[names.index("policy/approx_kl")] > 1.5 * settings.target_kl:
                 raw.zero_grad()
@@ -85,6 +89,7 @@ def ppo_update(
     averages = steps[finite].mean(0).tolist()  # NaN where no step was taken
     return {
         **dict(zip([*names, "grad_norm"], averages, strict=True)),
+        "policy/first_kl": float(first_kl),
         "optimizer_steps": int(finite.sum()),
         "skipped_steps": int((~finite).sum()),
         "stopped_steps": settings.num_epochs * settings.num_minibatches - len(steps),

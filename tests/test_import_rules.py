@@ -64,8 +64,12 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "train": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW),
     "pipeline": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
     "report": ({"jinja2", "matplotlib"}, ERRORS),
+    "doctor": ({"rich", "yaml"}, ERRORS),
     "arguments": ({"jsonargparse", "yaml"}, ERRORS),
-    "cli": ({"jsonargparse"}, LIGHT | {"arguments", "config", "pipeline", "report", "run", "train"}),
+    "cli": (
+        {"jsonargparse", "rich"},
+        LIGHT | {"arguments", "config", "doctor", "pipeline", "report", "run", "train"},
+    ),
 }
 
 PLAYING = {"envs", "policy", "spaces"}
@@ -162,9 +166,11 @@ def test_the_toolkit_never_imports_the_control_side(path):
     assert not {name for name in imported_by(path) if name.split(".")[0] in ("classic", "gymnasium")}
 
 
-def test_only_the_command_line_imports_the_report(path):
-    uses = {name for name in imported_by(path) if name.startswith("ppo_rlhf.report")}
-    assert not uses or module_of(path) in ("cli", "report")
+@pytest.mark.parametrize("leaf", ["report", "doctor"])
+def test_only_the_command_line_imports_a_leaf(leaf, path):
+    uses = {name for name in imported_by(path) if name.startswith(f"ppo_rlhf.{leaf}")}
+    uses |= imported_by(path) & {f"ppo_rlhf.{leaf}"}
+    assert not uses or module_of(path) in ("cli", leaf)
 
 
 def control_module_of(path: Path) -> str:
@@ -248,7 +254,7 @@ loaded = [name for name in {HEAVY!r} if name in sys.modules]
 assert not loaded, loaded
 """
 COMMANDS = {
-    "ppo_rlhf": ["demo", "sft", "reward", "ppo", "pipeline", "report"],
+    "ppo_rlhf": ["demo", "sft", "reward", "ppo", "pipeline", "doctor", "report"],
     "classic": ["train", "evaluate", "plot", "compare", "video", "export"],
 }
 

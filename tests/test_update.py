@@ -412,6 +412,17 @@ def test_a_stop_before_the_first_step_reports_nan_and_changes_nothing():
 # Gradients that are not finite.
 
 
+def test_the_first_kl_of_an_update_is_that_before_its_first_step():
+    policy = TinyPolicy()
+    experience = rollout_of(policy)
+    assert update(policy, experience, settings={"num_epochs": 3})["policy/first_kl"] == pytest.approx(0, abs=1e-12)
+    with torch.no_grad():
+        next(policy.parameters()).mul_(1.1)
+    moved = update(policy, experience, settings={"num_epochs": 3, "target_kl": 1e-9})
+    assert moved["policy/first_kl"] > 1e-6
+    assert moved["optimizer_steps"] == 0
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_a_step_without_a_finite_gradient_is_skipped_and_counted(poison):
     """One minibatch of eight is poisoned; the other seven steps are those of an update without it."""
@@ -442,7 +453,7 @@ def test_when_every_step_is_skipped_nothing_moves_and_the_averages_are_nan():
     metrics = update(policy, change_rows(experience, advantages=advantages), settings={"num_epochs": 3})
     assert_unchanged(policy, before)
     assert (metrics["optimizer_steps"], metrics["skipped_steps"], metrics["stopped_steps"]) == (0, 3, 0)
-    names = set(metrics) - {"optimizer_steps", "skipped_steps", "stopped_steps"}
+    names = set(metrics) - {"optimizer_steps", "skipped_steps", "stopped_steps", "policy/first_kl"}
     assert names >= {"loss/policy", "loss/value", "policy/approx_kl", "policy/clip_fraction", "grad_norm"}
     assert all(math.isnan(metrics[name]) for name in names)
 

@@ -165,6 +165,12 @@ def metrics_of(folder):
     return jsonl(Path(folder) / "metrics.jsonl")
 
 
+def metrics_of_whole_lines(folder):
+    """Those of a run that was killed, perhaps in the middle of a line."""
+    lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    return [strict(line) for line in lines if line.endswith("\n")]
+
+
 def steps_of(folder):
     return [row["step"] for row in metrics_of(folder)]
 

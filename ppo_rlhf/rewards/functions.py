@@ -39,8 +39,15 @@ def load_reward(source: str, *, setting: str, device: torch.device | str = "cpu"
     return function
 
 
-def score(reward: RewardFunction, prompts: list[str], responses: list[str], columns: dict[str, list[Any]]) -> Scores:
-    """Calls the reward and checks its answer: one finite number a response.
+def score(
+    reward: RewardFunction,
+    prompts: list[str],
+    responses: list[str],
+    columns: dict[str, list[Any]],
+    *,
+    must_be_finite: bool = True,
+) -> Scores:
+    """Calls the reward and checks its answer: one number a response, finite unless that is left to the caller.
 
     Raises UserError that says what came instead, or what the function raised.
     """
@@ -63,6 +70,6 @@ def score(reward: RewardFunction, prompts: list[str], responses: list[str], colu
         raise UserError(f"reward function {name} returned {len(values)} scores for {len(responses)} responses.")
     total = torch.tensor(values, dtype=torch.float32)
     for kept, value, prompt, response in zip(total.tolist(), values, prompts, responses, strict=True):
-        if not math.isfinite(kept):  # in float32, where 1e39 is infinite
+        if must_be_finite and not math.isfinite(kept):  # in float32, where 1e39 is infinite
             raise UserError(f"reward function {name} returned {value} for prompt {prompt!r}, response {response!r}.")
     return Scores(total, {name: total})

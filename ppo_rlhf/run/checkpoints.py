@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -48,17 +49,39 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             folder.rename(discard)
         temporary.rename(folder)
+        sync(folder.parent)
         shutil.rmtree(discard, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def told_if_unwritable(path: Path) -> Iterator[None]:
+    """Raises UserError, which names the path, where a disk is full, or may not be written."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # torch.save's
+            raise
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path} cannot be written: {reason}. What was saved before is whole: mend it, and go on with --resume."
+        ) from error
+
+
 def seal(folder: Path) -> None:
-    """Forces every file of the folder onto the disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    """Forces the folder and everything in it onto the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Forces a file, or the names in a folder, onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -92,6 +115,7 @@ def save_checkpoint(folder: Path, state: LoopState, accelerator: Accelerator, *,
         seal(temporary)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
+        sync(folder)
         # A later one was damaged, or this run would have gone on from it.
         later = [path for path in checkpoints_in(folder) if path.name > target.name]
         earlier = [path for path in checkpoints_in(folder) if path.name <= target.name]
@@ -123,6 +147,11 @@ def load_checkpoint(folder: Path, accelerator: Accelerator) -> LoopState | None:
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints, oldest first."""
     return sorted(path for path in folder.glob("step_*") if path.is_dir())
+
+
+def number_of(checkpoint: Path) -> int:
+    """The step after which it was saved."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def is_whole(checkpoint: Path) -> bool:

@@ -14,17 +14,29 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import torch
 import yaml
 from accelerate import Accelerator
 
-from ppo_rlhf.errors import UserError
-from ppo_rlhf.run.checkpoints import LoopState, load_checkpoint, replaced_folder, save_checkpoint, write_text
+from ppo_rlhf.errors import Interrupted, UserError
+from ppo_rlhf.run.checkpoints import (
+    LoopState,
+    checkpoints_in,
+    load_checkpoint,
+    number_of,
+    replaced_folder,
+    save_checkpoint,
+    told_if_unwritable,
+    write_text,
+)
+from ppo_rlhf.run.lock import lock
 from ppo_rlhf.run.progress import StepProgress
+from ppo_rlhf.run.stopping import StopRequest
 
 # What a resumed run may change, for it changes nothing that is trained; and how long it trains, until it is finished.
-HOW_OFTEN = {"output_dir", "resume", "eval_every", "save_every", "keep_checkpoints", "log_with"}
+HOW_OFTEN = {"output_dir", "resume", "eval_every", "save_every", "keep_checkpoints", "log_with", "max_skips"}
 HOW_LONG = {"num_steps", "num_epochs"}
 SAMPLES_KEPT = 8  # of each evaluation
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy", "gymnasium")
@@ -127,9 +139,15 @@ class Run:
         self.config = config
         self.accelerator = accelerator
         self._started = started
+        self._skips = 0  # updates in a row up to now
         accelerator.wait_for_everyone()  # until all have seen whether the folder can be used
+        self._stop = StopRequest(tells=accelerator.is_main_process)
+        self._saved = -1  # step of the latest checkpoint
+        self._lock: IO[str] | None = None
         if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
+            with told_if_unwritable(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                self._lock = lock(folder)
             (folder / "summary.json").unlink(missing_ok=True)  # before all else: a run that goes on is not finished
             write_config(folder, config)
             write_text(folder / "environment.json", json.dumps(_environment(config, kind, accelerator), indent=1))
@@ -142,16 +160,34 @@ class Run:
         """Loads the last good checkpoint and forgets what was logged after it; None where there is none."""
         state = load_checkpoint(self.folder / "checkpoints", self.accelerator)
         if self.accelerator.is_main_process:
-            for name in ("metrics.jsonl", "samples.jsonl"):
+            for name in ("metrics.jsonl", "samples.jsonl", "bad_samples.jsonl"):
                 _keep_lines_until(self.folder / name, state.step if state else -1)
         self.accelerator.wait_for_everyone()
         return state
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl for a completed step, the same to the trackers, and to the eye."""
+        """One line of metrics.jsonl for a completed step, the same to the trackers, and to the eye.
+
+        Raises UserError when this was the last of `max_skips` updates in a row of which every step was skipped.
+        """
         self._append("metrics.jsonl", [{"step": step, **metrics}])
         self.accelerator.log({name: value for name, value in metrics.items() if math.isfinite(value)}, step=step)
         self.progress.show(step, metrics)
+        skipped = metrics.get("skipped_steps", 0) > 0 and not metrics.get("optimizer_steps", 0)
+        self._skips = self._skips + 1 if skipped else 0
+        if skipped:
+            self.progress.tell(f"step {step} was skipped: its loss or gradient is not finite; see bad_samples.jsonl.")
+        if self._skips >= self.config.max_skips:
+            raise UserError(self._stopped_by_skips(step))
+
+    def _stopped_by_skips(self, step: int) -> str:
+        first = step - self._skips + 1
+        names = [path.name for path in checkpoints_in(self.folder / "checkpoints") if number_of(path) < first]
+        way_on = f"{self.folder}/checkpoints/{names[-1]} is from before" if names else "no checkpoint is from before"
+        return (
+            f"the {self._skips} updates up to step {step} were skipped, for numbers that are not finite: their samples "
+            f"are in {self.folder}/bad_samples.jsonl, {way_on}. Lower optimizer.lr, or bound the reward."
+        )
 
     def log_held_out(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Lines of samples.jsonl: the first few of an evaluation's samples, the same at every evaluation."""
@@ -161,15 +197,27 @@ class Run:
         """Lines of samples.jsonl, each with its step."""
         self._append("samples.jsonl", rows)
 
+    def log_bad_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Lines of bad_samples.jsonl: what a skipped step was to learn from, each with its step."""
+        self._append("bad_samples.jsonl", rows)
+
     def save_checkpoint(self, state: LoopState) -> None:
-        """A checkpoint of all that was prepared by the accelerator, and the loop's state."""
-        save_checkpoint(self.folder / "checkpoints", state, self.accelerator, keep=self.config.keep_checkpoints)
+        """A checkpoint of all that was prepared by the accelerator, and the loop's state.
+
+        None while updates are skipped, so that the one from before is kept.
+        """
+        if self._skips:
+            return
+        folder = self.folder / "checkpoints"
+        with told_if_unwritable(folder / f"step_{state.step:06d}"):
+            save_checkpoint(folder, state, self.accelerator, keep=self.config.keep_checkpoints)
+        self._saved = state.step
 
     def save_model(self, name: str, save: Callable[[Path], None]) -> Path:
         """A `save_pretrained` folder of the run, written whole or not at all; → its path."""
         folder = self.folder / name
         if self.accelerator.is_main_process:
-            with replaced_folder(folder) as temporary:
+            with told_if_unwritable(folder), replaced_folder(folder) as temporary:
                 save(temporary)
         self.accelerator.wait_for_everyone()
         return folder
@@ -195,15 +243,33 @@ class Run:
         """
         complete = strict_json({**summary, "seconds": round(time.monotonic() - self._started, 1)}, indent=1)
         if self.accelerator.is_main_process:
-            write_text(self.folder / "summary.json", complete)
+            with told_if_unwritable(self.folder / "summary.json"):
+                write_text(self.folder / "summary.json", complete)
         return {**json.loads(complete), "output_dir": str(self.folder)}
 
+    def stop_if_asked(self, state: LoopState) -> None:
+        """The end of a step: after Ctrl-C or SIGTERM saves a checkpoint and raises Interrupted, in all processes."""
+        asked = self._stop.signal
+        if self.accelerator.num_processes > 1:
+            numbers = torch.tensor(asked, device=self.accelerator.device)
+            asked = int(self.accelerator.gather(numbers.reshape(1)).max())
+        if not asked:
+            return
+        if self._saved != state.step:
+            self.save_checkpoint(state)
+        way_on = f"--resume --output-dir {self.folder} goes on from the last checkpoint."
+        raise Interrupted(f"stopped after step {state.step}; {way_on}", 128 + asked)
+
     def __enter__(self) -> Run:
+        self._stop.listen()
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         """Ends progress and trackers, also after an error: then without the other processes, which may never come."""
+        self._stop.forget()
         self.progress.close()
+        if self._lock is not None:
+            self._lock.close()
         if error is None:
             self.accelerator.wait_for_everyone()
         # Not end_training, which ends the process group as well, and with it the next stage of a pipeline.
@@ -212,7 +278,8 @@ class Run:
 
     def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         if self.accelerator.is_main_process and rows:
-            with (self.folder / name).open("a", encoding="utf-8") as file:
+            path = self.folder / name
+            with told_if_unwritable(path), path.open("a", encoding="utf-8") as file:
                 file.writelines(strict_json(row) + "\n" for row in rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -30,6 +31,7 @@ from ppo_rlhf.run import LoopState, Run, begin, share_of
 from ppo_rlhf.sampling import sample, warn_of_truncation
 from ppo_rlhf.seeding import keyed_generator, uniform_rows
 from ppo_rlhf.train import Callback
+from ppo_rlhf.train.bad_samples import bad_samples
 from ppo_rlhf.train.ppo_evaluation import evaluate_held_out, summary_of
 from ppo_rlhf.train.ppo_parts import Parts, load_parts
 from ppo_rlhf.train.ppo_records import Clock, multiplied_type, rollout_metrics, sample_rows, throughput_metrics
@@ -78,13 +80,15 @@ def train(
         while state.step < config.num_steps:
             clock = Clock()
             set_learning_rate(optimizer, learning_rate(config.optimizer, state.step, config.num_steps))
-            metrics, samples = ppo_step(state, model, optimizer, parts, config, accelerator, clock, compute)
+            metrics, samples, bad = ppo_step(state, model, optimizer, parts, config, accelerator, clock, compute)
             run.log_samples(samples)
+            run.log_bad_samples(bad)
             kl_coef = next_kl_coef(state.kl_coef, metrics["objective/kl"], config)
             state = replace(state, step=state.step + 1, kl_coef=kl_coef)
             state = evaluate_and_save(run, state, metrics, parts, config)
             for callback in callbacks:
                 callback(state.step, metrics)
+            run.stop_if_asked(state)
 
         run.save_model("policy", lambda path: parts.save_policy(path, config))
         return run.finish(summary_of(state.before, state.after))
@@ -99,8 +103,8 @@ def ppo_step(
     accelerator: Accelerator,
     clock: Clock,
     compute: Compute,
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """One rollout and its update; → the step's metrics, and rows for samples.jsonl."""
+) -> tuple[dict[str, float], list[dict[str, Any]], list[dict[str, Any]]]:
+    """One rollout and its update; → the step's metrics, rows for samples.jsonl, and those that spoilt the update."""
     step, size = state.step, config.batch_size
     mine = share_of(size, accelerator)
     rows = stream(len(parts.prompts), step * size, (step + 1) * size, config.seed)[mine].tolist()
@@ -119,8 +123,14 @@ def ppo_step(
         )
         clock.lap("evaluate")
     columns = parts.prompts.columns_of(rows)
-    scores = score(parts.reward, prompts.texts, responses.texts, columns).total.to(accelerator.device)
-    gold = score(parts.gold, prompts.texts, responses.texts, columns).total if parts.gold is not None else None
+
+    def scored(reward: RewardFunction) -> Tensor:
+        # One that is not finite makes all advantages NaN, and all of the update's steps are skipped.
+        found = score(reward, prompts.texts, responses.texts, columns, must_be_finite=False)
+        return found.total.to(accelerator.device)
+
+    scores = scored(parts.reward)
+    gold = scored(parts.gold) if parts.gold is not None else None
     clock.lap("score")
 
     kl = approx_kl(rollout.logprobs, rollout.ref_logprobs, "k1")  # unbiased in the reward, where no gradient flows
@@ -142,7 +152,9 @@ def ppo_step(
     metrics |= throughput_metrics(rollout, metrics, parts.model, parts.reference, config, compute)
     metrics["memory/peak_gib"] = peak_memory_gib(accelerator.device)
     metrics |= {"kl_coef": state.kl_coef, "lr": optimizer.param_groups[0]["lr"], "episodes": (step + 1) * size}
-    return metrics, sample_rows(step + 1, prompts, responses, scores, rollout, rewards, experience, parts.tokenizer)
+    samples = sample_rows(step + 1, prompts, responses, scores, rollout, rewards, experience, parts.tokenizer)
+    bad = bad_samples(step + 1, prompts, responses, scores, rollout, experience) if metrics["skipped_steps"] else []
+    return metrics, samples, bad
 
 
 def experience_of(rollout: Rollout, rewards: Tensor, config: PPOConfig, accelerator: Accelerator) -> Experience:
@@ -177,7 +189,7 @@ def missing_eos_rule(scores: Tensor, finished: Tensor, rule: MissingEOS) -> Tens
 
 def next_kl_coef(kl_coef: float, kl: float, config: PPOConfig) -> float:
     """β of the next step: fixed, or adapted to the target KL by the global batch's mean KL to the reference."""
-    if config.kl_target is None:
+    if config.kl_target is None or not math.isfinite(kl):
         return kl_coef
     return adapt_kl_coef_proportional(
         kl_coef, kl, target=config.kl_target, horizon=config.kl_horizon, num_episodes=config.batch_size
@@ -190,7 +202,7 @@ def evaluate_and_save(
     """The end of a step: evaluation where one is due, the best policy kept, metrics logged, a checkpoint where due."""
     last = state.step == config.num_steps
     if last or (config.eval_every and state.step % config.eval_every == 0):
-        outcome = evaluate_held_out(parts, config, run.accelerator)
+        outcome = evaluate_held_out(parts, config, run.accelerator, must_be_finite=False)
         metrics |= outcome.metrics
         run.log_held_out(state.step, outcome.rows)
         state = replace(state, after=outcome.metrics)

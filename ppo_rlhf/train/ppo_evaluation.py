@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor, nn
 
 from ppo_rlhf.config import PPOConfig
 from ppo_rlhf.models import evaluating
 from ppo_rlhf.policy import response_logprobs
-from ppo_rlhf.rewards import score
+from ppo_rlhf.rewards import RewardFunction, score
 from ppo_rlhf.rollout import inputs_of
 from ppo_rlhf.run import gathered, share_of
 from ppo_rlhf.sampling import sample
@@ -32,18 +34,20 @@ class Outcome:
 
 
 @torch.no_grad()
-def evaluate_held_out(parts: Parts, config: PPOConfig, accelerator: Accelerator) -> Outcome:
+def evaluate_held_out(
+    parts: Parts, config: PPOConfig, accelerator: Accelerator, *, must_be_finite: bool = True
+) -> Outcome:
     """Samples a response to every held-out prompt, at the run's temperature, and measures what the run is about.
 
-    Scores are raw: before the rule for a missing eos and the KL penalty. KL is per response, in nats.
+    Scores are raw: before the rule for a missing eos and the KL penalty. KL is per response, in nats. must_be_finite: a
+    score that is not raises UserError, as it should before a run and not in its tenth hour.
     """
     numbers = range(len(parts.eval_prompts))[share_of(len(parts.eval_prompts), accelerator)]
     rows: list[dict[str, Any]] = []
     with accelerator.autocast(), evaluating(parts.model):
         for start in range(0, len(numbers), config.sampling.batch_size):
-            rows += _evaluate_batch(
-                list(numbers[start : start + config.sampling.batch_size]), parts, config, accelerator
-            )
+            batch = list(numbers[start : start + config.sampling.batch_size])
+            rows += _evaluate_batch(batch, parts, config, accelerator, must_be_finite)
     rows = gathered(rows)
     metrics = {
         "eval/score": _mean([row["score"] for row in rows]),
@@ -55,19 +59,25 @@ def evaluate_held_out(parts: Parts, config: PPOConfig, accelerator: Accelerator)
     if parts.gold is not None:
         gold = torch.tensor([row["gold_score"] for row in rows])
         metrics |= {"eval/gold_score": float(gold.mean()), "eval/gold_score_std": float(gold.std(correction=0))}
+        metrics["eval/gold_correlation"] = rank_correlation(torch.tensor([row["score"] for row in rows]), gold)
+    metrics["eval/reference_norm"] = weight_norm(parts.reference)
     return Outcome(metrics, rows, quality=metrics["eval/score"] - config.kl_coef * metrics["eval/kl"])
 
 
 def _evaluate_batch(
-    numbers: list[int], parts: Parts, config: PPOConfig, accelerator: Accelerator
+    numbers: list[int], parts: Parts, config: PPOConfig, accelerator: Accelerator, must_be_finite: bool
 ) -> list[dict[str, Any]]:
     model, temperature = parts.model.language_model, config.sampling.temperature
     prompts = parts.eval_prompts.batch(numbers, accelerator.device)
     noise = uniform_rows(numbers, config.sampling.max_new_tokens, config.seed, "held out")
     responses = sample(model, parts.tokenizer, prompts, config.sampling, noise)
     columns = parts.eval_prompts.columns_of(numbers)
-    scores = score(parts.reward, prompts.texts, responses.texts, columns).total.tolist()
-    gold = score(parts.gold, prompts.texts, responses.texts, columns).total.tolist() if parts.gold is not None else None
+
+    def scored(reward: RewardFunction) -> list[float]:
+        return score(reward, prompts.texts, responses.texts, columns, must_be_finite=must_be_finite).total.tolist()
+
+    scores = scored(parts.reward)
+    gold = scored(parts.gold) if parts.gold is not None else None
     inputs = inputs_of(prompts, responses)
     logprobs = response_logprobs(model, inputs, temperature=temperature)
     ref_logprobs = response_logprobs(parts.reference, inputs, temperature=temperature)
@@ -87,6 +97,19 @@ def _evaluate_batch(
             }
         )
     return rows
+
+
+def rank_correlation(one: Tensor, other: Tensor) -> float:
+    """Spearman's, of the ranks, where equal values share the mean of theirs. (N,) each; 0 without spread."""
+    ranks = torch.stack([(x[:, None] > x).sum(1).double() + (x[:, None] == x).sum(1) / 2 for x in (one, other)])
+    deviations = ranks - ranks.mean(1, keepdim=True)
+    scale = deviations.square().sum(1).prod().sqrt()
+    return float(deviations.prod(0).sum() / scale) if scale > 0 else 0.0
+
+
+def weight_norm(module: nn.Module) -> float:
+    """√Σ w² over all weights: the same at every evaluation, as long as nothing moves the module."""
+    return math.sqrt(sum(float(parameter.detach().double().square().sum()) for parameter in module.parameters()))
 
 
 def distinct_2(texts: Sequence[str], num_bigrams: int = NUM_BIGRAMS) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,7 @@ def train(
         evaluate=evaluate,
         quality=lambda metrics: -metrics["eval/loss"],
         save=parts.reward_model.save,
+        example=lambda row: asdict(parts.training.rankings[row]),
     )
     with start.run(num_steps=num_steps) as run:
         num_left_out = parts.num_given - len(parts.training) - len(parts.held_out)

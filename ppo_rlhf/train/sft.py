@@ -83,6 +83,7 @@ def train(
         evaluate=evaluate,
         quality=lambda metrics: -metrics["eval/loss"],
         save=lambda folder: save_policy(policy, tokenizer, folder),
+        example=lambda row: dict(rows[row]),
     )
     with start.run(num_steps=num_steps) as run:
         if num_cut:

@@ -42,6 +42,7 @@ class Task:
     evaluate: Callable[[], HeldOut]  # over all processes
     quality: Callable[[dict[str, float]], float]  # of held-out metrics: higher is better
     save: Callable[[Path], None]  # writes the model as a folder that transformers loads
+    example: Callable[[int], dict[str, Any]]  # a row of the training data, for bad_samples.jsonl
 
 
 def num_steps_of(config: SupervisedConfig, num_examples: int, accelerator: Accelerator) -> int:
@@ -89,6 +90,8 @@ def fit(
         rows = batch_of(state.step, num_steps, config, task.lengths)
         module.train()
         metrics = _step(wrapped, optimizer, task, rows, config, accelerator)
+        if metrics["skipped_steps"]:
+            run.log_bad_samples([{"step": state.step + 1, "row": row, **task.example(row)} for row in rows])
         state = replace(state, step=state.step + 1)
         last = state.step == num_steps
         metrics |= {"lr": learning_rate(optimizer_settings, state.step - 1, num_steps)}
@@ -105,6 +108,7 @@ def fit(
             run.save_checkpoint(state)
         for callback in callbacks:
             callback(state.step, metrics)
+        run.stop_if_asked(state)
     return state
 
 
@@ -147,7 +151,9 @@ def _step(
             accelerator.backward(loss)
         total += loss.detach()
     grad_norm = float(accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm))
-    if math.isfinite(grad_norm) or accelerator.scaler is not None:  # fp16: the scaler itself leaves out a bad step
+    finite = math.isfinite(grad_norm)
+    if finite or accelerator.scaler is not None:  # fp16: the scaler itself leaves out a bad step
         optimizer.step()
     optimizer.zero_grad()
-    return {"loss": float(accelerator.reduce(total, "mean")), "grad_norm": grad_norm}
+    mean = float(accelerator.reduce(total, "mean"))
+    return {"loss": mean, "grad_norm": grad_norm, "skipped_steps": int(not finite)}
