@@ -1,4 +1,7 @@
-"""Rows of data from everything `datasets` loads, checked where they enter; held-out splits; the order of training."""
+"""Rows of data from everything `datasets` loads, or from a database of preferences, checked where they enter.
+
+Held-out splits; the order of training.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from ppo_rlhf.errors import UserError, did_you_mean
 from ppo_rlhf.references import call, is_reference
 from ppo_rlhf.seeding import permutation
 
+DATABASES = ("sqlite", "postgresql", "postgres", "mysql", "mariadb")
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 Rows = Sequence[dict[str, Any]]
@@ -24,8 +28,8 @@ def load_rows(source: str | Iterable[dict[str, Any]], *, required: Sequence[str]
     """The rows of a source, each with the required columns, none of them missing.
 
     source: a JSONL, JSON, CSV, Parquet or text file, a folder saved by `datasets`, a data set's name on the Hub (its
-    "train" split), `module:function` or `file.py:function` that returns rows, or the rows themselves. setting: the
-    configuration's name for it, for messages.
+    "train" split), `module:function` or `file.py:function` that returns rows, the URL of a database of preferences, or
+    the rows themselves. setting: the configuration's name for it, for messages.
 
     Raises UserError for a missing file, no rows, a missing column, or a missing value.
     """
@@ -44,6 +48,8 @@ def load_rows(source: str | Iterable[dict[str, Any]], *, required: Sequence[str]
 
 
 def _from_source(source: str, setting: str) -> Iterable[dict[str, Any]]:
+    if is_database(source):
+        return _preferences(source, setting)
     if is_reference(source):
         return call(source)
     path = Path(source)
@@ -73,6 +79,27 @@ def _from_source(source: str, setting: str) -> Iterable[dict[str, Any]]:
     if "train" not in loaded:
         raise UserError(f"{setting}: {source} has no split 'train', only {', '.join(loaded)}; give one split's folder.")
     return loaded["train"]
+
+
+def is_database(source: str) -> bool:
+    """Whether the source is a database's URL, such as sqlite:///preferences.db."""
+    scheme, colon, _ = source.partition("://")
+    return bool(colon) and scheme.partition("+")[0] in DATABASES
+
+
+def _preferences(url: str, setting: str) -> Rows:
+    """The choices that people made: prompt, responses, ranks, margin, annotator."""
+    try:
+        from ppo_rlhf.preferences import Store, ranked_rows
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{setting}: {url} needs a package that is not installed: install 'ppo-rlhf[label]'."
+        ) from error
+    store = Store.open(url, setting=setting, create=False)
+    try:
+        return ranked_rows(store.choices())
+    finally:
+        store.close()
 
 
 def text_column(rows: Rows, column: str, *, setting: str, empty: bool = False) -> list[str]:

@@ -21,7 +21,7 @@ STANDARD = set(sys.stdlib_module_names)
 
 ERRORS = {"errors"}
 LIGHT = ERRORS | {"settings"}  # free of torch
-LANGUAGE = LIGHT | {"core", "models", "data", "references"}
+LANGUAGE = LIGHT | {"core", "models", "data", "references", "preferences"}
 EVERYTHING_BELOW = LANGUAGE | {
     "config",
     "optimizer",
@@ -48,7 +48,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "optimizer": ({"torch"}, LIGHT),
     "update": ({"torch", "accelerate"}, LIGHT | {"core"}),
     "run": ({"torch", "accelerate", "safetensors", "yaml", "rich"}, ERRORS | {"core"}),
-    "data": ({"torch", "datasets"}, ERRORS | {"references", "seeding"}),
+    "data": ({"torch", "datasets"}, ERRORS | {"preferences", "references", "seeding"}),
+    "preferences": ({"sqlalchemy", "datasets"}, LIGHT),
     "models": ({"torch", "transformers"}, ERRORS | {"references"}),
     "prompts": ({"torch", "transformers", "datasets"}, LANGUAGE),
     "policy": ({"torch", "transformers"}, LANGUAGE),

@@ -1,0 +1,25 @@
+"""Human comparisons: the store, what the choices say, and the ways in and out."""
+
+from ppo_rlhf.preferences.exchange import choices_from, pair_rows, pairs_from, ranked_rows, text_of, write_rows
+from ppo_rlhf.preferences.statistics import Share, Statistics, statistics_of, win_rate
+from ppo_rlhf.preferences.store import Choice, Deal, NotDealt, Pair, Progress, Prompt, Store
+
+__all__ = [
+    "Choice",
+    "Deal",
+    "NotDealt",
+    "Pair",
+    "Progress",
+    "Prompt",
+    "Share",
+    "Statistics",
+    "Store",
+    "choices_from",
+    "pair_rows",
+    "pairs_from",
+    "ranked_rows",
+    "statistics_of",
+    "text_of",
+    "win_rate",
+    "write_rows",
+]
