@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
@@ -17,6 +17,9 @@ from torch import Tensor
 from ppo_rlhf.errors import UserError, did_you_mean
 from ppo_rlhf.references import call, is_reference
 from ppo_rlhf.seeding import permutation
+
+if TYPE_CHECKING:
+    from ppo_rlhf.preferences import Store
 
 DATABASES = ("sqlite", "postgresql", "postgres", "mysql", "mariadb")
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -87,15 +90,30 @@ def is_database(source: str) -> bool:
     return bool(colon) and scheme.partition("+")[0] in DATABASES
 
 
-def _preferences(url: str, setting: str) -> Rows:
-    """The choices that people made: prompt, responses, ranks, margin, annotator."""
+def preferences_store(url: str, *, setting: str, create: bool = False) -> Store:
+    """The database of preferences at a URL. Raises UserError where it cannot be opened."""
+    check_preferences(url, setting=setting)
+    from ppo_rlhf.preferences import Store
+
+    return Store.open(url, setting=setting, create=create)
+
+
+def check_preferences(url: str, *, setting: str) -> None:
+    """Raises UserError for an address that can be no database of preferences, or where its package is missing."""
     try:
-        from ppo_rlhf.preferences import Store, ranked_rows
+        from ppo_rlhf.preferences import check_address
     except ModuleNotFoundError as error:
         raise UserError(
             f"{setting}: {url} needs a package that is not installed: install 'ppo-rlhf[label]'."
         ) from error
-    store = Store.open(url, setting=setting, create=False)
+    check_address(url, setting=setting)
+
+
+def _preferences(url: str, setting: str) -> Rows:
+    """The choices that people made: prompt, responses, ranks, margin, annotator."""
+    store = preferences_store(url, setting=setting)
+    from ppo_rlhf.preferences import ranked_rows
+
     try:
         return ranked_rows(store.choices())
     finally:

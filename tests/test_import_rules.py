@@ -58,10 +58,16 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "rollout": ({"torch", "transformers"}, LANGUAGE | {"policy", "prompts", "sampling"}),
     "toy": ({"torch", "transformers", "tokenizers"}, ERRORS | {"core", "rewards"}),
     "train": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW),
+    "candidates": ({"torch"}, EVERYTHING_BELOW),
     "pipeline": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
     "report": ({"jinja2", "matplotlib"}, ERRORS),
+    "label": ({"jinja2", "markdown_it", "markupsafe", "starlette", "uvicorn"}, ERRORS | {"preferences"}),
     "arguments": ({"jsonargparse", "yaml"}, ERRORS),
-    "cli": ({"jsonargparse"}, LIGHT | {"arguments", "config", "pipeline", "report", "run", "train"}),
+    "cli": (
+        {"jsonargparse"},
+        LIGHT
+        | {"arguments", "candidates", "config", "data", "label", "pipeline", "preferences", "report", "run", "train"},
+    ),
 }
 
 PLAYING = {"envs", "policy", "spaces"}
@@ -158,9 +164,10 @@ def test_the_toolkit_never_imports_the_control_side(path):
     assert not {name for name in imported_by(path) if name.split(".")[0] in ("classic", "gymnasium")}
 
 
-def test_only_the_command_line_imports_the_report(path):
-    uses = {name for name in imported_by(path) if name.startswith("ppo_rlhf.report")}
-    assert not uses or module_of(path) in ("cli", "report")
+@pytest.mark.parametrize("leaf", ["report", "label"])
+def test_only_the_command_line_imports_a_leaf(path, leaf):
+    uses = {name for name in imported_by(path) if name.split(".")[:2] == ["ppo_rlhf", leaf]}
+    assert not uses or module_of(path) in ("cli", leaf)
 
 
 def control_module_of(path: Path) -> str:
@@ -231,7 +238,7 @@ def test_the_core_switches_no_gradient_off():
 
 # ---------------------------------------------------------------------------------------------------- start-up
 
-HEAVY = ("torch", "transformers", "numpy", "datasets", "accelerate", "matplotlib", "gymnasium")
+HEAVY = ("torch", "transformers", "numpy", "datasets", "accelerate", "matplotlib", "gymnasium", "sqlalchemy", "uvicorn")
 HELP = f"""
 import contextlib, importlib, io, sys
 program, *words = sys.argv[1:]
@@ -244,7 +251,7 @@ loaded = [name for name in {HEAVY!r} if name in sys.modules]
 assert not loaded, loaded
 """
 COMMANDS = {
-    "ppo_rlhf": ["demo", "sft", "reward", "ppo", "pipeline", "report"],
+    "ppo_rlhf": ["demo", "sft", "reward", "ppo", "pipeline", "report", "label", "preferences", "compare"],
     "classic": ["train", "evaluate", "plot", "compare", "video", "export"],
 }
 

@@ -16,6 +16,7 @@ from ppo_rlhf.settings import Ties
 
 Row = dict[str, Any]
 
+LONGEST_TEXT = 200_000  # characters that a person is asked to read
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # how published comparisons write a chat as text
 
 
@@ -103,16 +104,19 @@ def _turn(message: dict[str, str]) -> str:
 def pairs_from(rows: Iterable[Row], *, name: str) -> list[Pair]:
     """Pairs to be judged: rows of `prompt`, a text or a chat's messages, and `responses`, two or more texts.
 
-    Optional columns: `sources`, who wrote each; `language`. Rows of `prompt`, `chosen` and `rejected` are taken as well,
-    to be judged anew. Raises UserError for a row that is neither.
+    Optional columns: `sources`, who wrote each; `language`. Rows of `prompt`, `chosen` and `rejected` are taken too, to
+    be judged anew. Raises UserError for a row that is neither.
     """
     pairs = []
-    for index, row in enumerate(rows):
+    for index, row in enumerate(map(_without_blanks, rows)):
         where = f"{name}: row {index}"
         if "responses" not in row and {"chosen", "rejected"} <= set(row):
             prompt, responses = _split(row, where)
         else:
             prompt, responses = _prompt(row.get("prompt"), where), _responses(row.get("responses"), where)
+        longest = max(map(len, (text_of(prompt), *responses)))
+        if longest > LONGEST_TEXT:
+            raise UserError(f"{where} has a text of {longest} characters; {LONGEST_TEXT} are the most.")
         pairs.append(Pair(prompt, responses, _sources(row.get("sources"), responses, where), _language(row, where)))
     return pairs
 
@@ -128,7 +132,7 @@ def choices_from(rows: Iterable[Row], *, name: str) -> list[Choice]:
     Optional columns: `annotator`, `margin`. Raises UserError for a row that is none of them.
     """
     choices = []
-    for index, row in enumerate(rows):
+    for index, row in enumerate(map(_without_blanks, rows)):
         where = f"{name}: row {index}"
         if "ranks" in row:
             prompt, responses = _prompt(row.get("prompt"), where), _responses(row.get("responses"), where)
@@ -153,15 +157,20 @@ def choices_from(rows: Iterable[Row], *, name: str) -> list[Choice]:
     return choices
 
 
+def _without_blanks(row: Row) -> Row:
+    """The row without the columns that only other rows of its table have."""
+    return {name: value for name, value in row.items() if value is not None}
+
+
 def _split(row: Row, where: str) -> tuple[Prompt, list[str]]:
     """The prompt, given or shared by both chats, and the chosen and the rejected response."""
     sides = [row["chosen"], row["rejected"]]
-    given = row.get("prompt")
+    given: Any = row.get("prompt")
     if all(isinstance(side, str) and side for side in sides):
         if given is not None:
             return _prompt(given, where), sides
-        shared = os.path.commonprefix(sides)
-        place = shared.rfind(ASSISTANT) + len(ASSISTANT)
+        same = itertools.takewhile(lambda both: both[0] == both[1], zip(*sides, strict=False))
+        place = sides[0].rfind(ASSISTANT, 0, sum(1 for _ in same)) + len(ASSISTANT)
         if place < len(ASSISTANT):
             raise UserError(f"{where} has no `prompt`, and its sides share no turn of a chat up to 'Assistant:'.")
         return sides[0][:place], [side[place:] for side in sides]

@@ -32,7 +32,7 @@ class Agreement:
     annotators: tuple[str, str]
     pairs: int
     observed: float
-    kappa: float
+    kappa: float | None  # None where all is one category
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,31 @@ def statistics_of(choices: Sequence[Choice]) -> Statistics:
     )
 
 
+def statistics_lines(found: Statistics) -> list[str]:
+    """The statistics in a few lines of text."""
+
+    def number(value: float | None, form: str = ".2f") -> str:
+        return "—" if value is None else format(value, form)
+
+    results = ", ".join(f"{result} {count}" for result, count in found.results.items())
+    left = "—" if found.left is None else f"{found.left.share:.0%} ({found.left.low:.0%} to {found.left.high:.0%})"
+    lines = [
+        f"{found.choices} choices on {found.pairs} pairs: {results}",
+        f"agreement: Fleiss' kappa {number(found.fleiss_kappa)}",
+        f"left chosen: {left}",
+        f"a choice takes: {number(found.seconds, '.1f')} s",
+    ]
+    for each in found.annotators:
+        lines.append(f"{each.name}: {each.choices} choices, {number(each.seconds, '.1f')} s each")
+    for pair in found.agreements:
+        names, kappa = " and ".join(pair.annotators), number(pair.kappa)
+        lines.append(f"{names}: {pair.pairs} pairs, {pair.observed:.0%} the same, Cohen's kappa {kappa}")
+    for source in found.sources:
+        wins = f"{source.wins:g} of {source.comparisons}"
+        lines.append(f"{source.source}: strength {source.strength:+.2f}, won {wins}")
+    return lines
+
+
 def _results(choices: Sequence[Choice]) -> dict[str, int]:
     return dict(Counter(choice.result for choice in choices).most_common())
 
@@ -122,16 +147,16 @@ def left_share(choices: Sequence[Choice]) -> Share | None:
     return wilson(sides.count("left"), len(sides)) if sides else None
 
 
-def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:
+def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float | None:
     """κ = (p_o − p_e) / (1 − p_e) of two annotators' judgements of the same things (Cohen, 1960).
 
-    p_e: the agreement expected of two who judge independently, each as often so and so as he did. NaN where that is 1.
+    p_e: the agreement expected of two who judge independently, each as often so and so as he did. None where that is 1.
     """
     count = len(first)
     observed = sum(a == b for a, b in zip(first, second, strict=True)) / count
     one, other = Counter(first), Counter(second)
     expected = sum(one[name] * other[name] for name in one) / count**2
-    return (observed - expected) / (1 - expected) if expected < 1 else math.nan
+    return (observed - expected) / (1 - expected) if expected < 1 else None
 
 
 def _agreements(judged: Mapping[str, Mapping[str, Hashable]]) -> list[Agreement]:
@@ -150,7 +175,7 @@ def fleiss_kappa(judgements: Sequence[Mapping[Hashable, int]]) -> float | None:
     """κ = (P̄ − P_e) / (1 − P_e) over things judged by several people each (Fleiss, 1971).
 
     judgements: of each thing, how many people put it into which category. Their number may differ from thing to thing;
-    those judged by one alone tell nothing and are left out. None where none is left, NaN where all is one category.
+    those judged by one alone tell nothing and are left out. None where none is left, or where all is one category.
     """
     several = [counts for counts in judgements if sum(counts.values()) > 1]
     if not several:
@@ -163,7 +188,7 @@ def fleiss_kappa(judgements: Sequence[Mapping[Hashable, int]]) -> float | None:
         agreement += sum(count * (count - 1) for count in counts.values()) / (people * (people - 1))
     observed = agreement / len(several)
     expected = sum((count / totals.total()) ** 2 for count in totals.values())
-    return (observed - expected) / (1 - expected) if expected < 1 else math.nan
+    return (observed - expected) / (1 - expected) if expected < 1 else None
 
 
 def ranked_sources(choices: Sequence[Choice]) -> list[Strength]:

@@ -129,8 +129,8 @@ class Store:
 
     @classmethod
     def open(cls, address: str, *, setting: str, create: bool = True, shuffle: random.Random | None = None) -> Store:
-        """The database at a URL, with its tables; create: made where there is none. Raises UserError, which says why."""
-        url = _checked(address, setting)
+        """The database at a URL; create: where there is none, it is made. Raises UserError, which says why not."""
+        url = check_address(address, setting=setting)
         shown = url.render_as_string(hide_password=True)
         is_file = url.get_backend_name() == "sqlite"
         if is_file and not create and not Path(url.database or "").is_file():
@@ -397,9 +397,9 @@ class Store:
         with self._writing() as connection:
             collection = self._collection(connection, name)
             query = select(pairs.c.digest, pairs.c.id).where(pairs.c.collection == collection)
-            numbers = {digest: number for digest, number in connection.execute(query)}
+            numbers: dict[str, int] = dict(connection.execute(query).tuples().all())
             judged = select(choices.c.pair, choices.c.annotator).where(STANDING)
-            known = {(number, annotator) for number, annotator in connection.execute(judged)}
+            known = set(connection.execute(judged).tuples().all())
             rows = []
             for choice in imported:
                 key = (numbers[choice.pair.digest], choice.annotator)
@@ -426,7 +426,8 @@ def _pair(row: Any) -> Pair:
     return Pair(**{name: getattr(row, name) for name in PAIR_COLUMNS})
 
 
-def _checked(address: str, setting: str) -> URL:
+def check_address(address: str, *, setting: str) -> URL:
+    """A database's URL, with our driver. Raises UserError for one that can be none."""
     try:
         url = make_url(address)
     except ArgumentError as error:
@@ -437,6 +438,8 @@ def _checked(address: str, setting: str) -> URL:
         return url.set(drivername="postgresql+psycopg")
     if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
         raise UserError(f"{setting}: {address} keeps nothing; name a file: sqlite:///FILE.db.")
+    if url.get_backend_name() == "sqlite" and not Path(str(url.database)).parent.is_dir():
+        raise UserError(f"{setting}: there is no folder {Path(str(url.database)).parent}.")
     return url
 
 

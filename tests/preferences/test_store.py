@@ -34,7 +34,7 @@ def label_all(store, annotator, result="left", name="work"):
     return seen
 
 
-# --------------------------------------------------------------------------------------------------------------- dealing
+# -------------------------------------------------------------------------------------------------------------- dealing
 
 
 def test_a_pair_is_dealt_to_as_many_people_as_were_asked_for_and_never_twice_to_one(store):
@@ -120,7 +120,7 @@ def test_one_who_comes_back_after_the_lease_gets_the_pair_again_if_it_is_free(st
     assert store.deal("work", "ada").number == left.number
 
 
-# --------------------------------------------------------------------------------------------------------------- choosing
+# ------------------------------------------------------------------------------------------------------------- choosing
 
 
 def test_a_choice_sent_twice_is_kept_once(store):
@@ -223,7 +223,7 @@ def test_imported_choices_are_added_once_and_are_dealt_to_nobody(store):
     assert not store.undo("published", "ada")
 
 
-# ----------------------------------------------------------------------------------------------------- several at once
+# ------------------------------------------------------------------------------------------------------ several at once
 
 
 def test_threads_that_deal_and_choose_at_once_lose_and_double_nothing(store):
@@ -292,7 +292,7 @@ def test_a_choice_outlives_the_process_that_took_it(store, address):
         ("", "sqlite:///FILE.db"),
         ("sqlite://", "keeps nothing"),
         ("sqlite:///:memory:", "keeps nothing"),
-        ("sqlite:///nowhere/preferences.db", "unable to open"),
+        ("sqlite:///nowhere/preferences.db", "no folder nowhere"),
         ("sqlite:///text.db", "not a database"),
         ("oracledb2://host/name", "driver"),
         ("mysql+nodriver://host/name", "driver"),
