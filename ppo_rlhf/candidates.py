@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -47,19 +45,6 @@ def samples_of_two(run: str, other: str, *, prompts: str | None, count: int, see
     texts = chosen_prompts(rows, count, seed)
     sides = [sampled(each, texts, repeats=1, seed=seed, side=side) for side, each in enumerate((run, other))]
     return [Pair(prompt, [*mine, *yours], [run, other]) for prompt, mine, yours in zip(texts, *sides, strict=True)]
-
-
-def all_pairs(several: Sequence[Pair]) -> list[Pair]:
-    """Each two of the responses to a prompt as a pair of its own."""
-    return [
-        replace(
-            each,
-            responses=[each.responses[a], each.responses[b]],
-            sources=[each.sources[i] for i in (a, b)] if each.sources else [],
-        )
-        for each in several
-        for a, b in itertools.combinations(range(len(each.responses)), 2)
-    ]
 
 
 def uncertainty_order(pairs: Mapping[int, Pair], reward_model: str) -> dict[int, float]:

@@ -175,21 +175,24 @@ def _label(given: Namespace) -> Outcome:
 
 def _pairs_to_label(given: Namespace) -> list[Pair]:
     """The pairs that `label` is about: of a file, of two runs, or sampled of one."""
-    from ppo_rlhf.candidates import all_pairs, samples_of_one, samples_of_two
+    from ppo_rlhf.preferences import all_pairs
 
     drawn = {"prompts": given.prompts, "count": given.num_pairs, "seed": given.seed}
-    if given.pairs is None:
-        pairs = samples_of_one(given.sample, responses=given.responses, **drawn)
-    elif len(given.pairs) == 2:
-        pairs = samples_of_two(*given.pairs, **drawn)
-    elif len(given.pairs) == 1:
+    if given.pairs is not None and len(given.pairs) == 1:
         from ppo_rlhf.data import load_rows
         from ppo_rlhf.preferences import pairs_from
 
         (path,) = given.pairs
         pairs = pairs_from(load_rows(path, required=(), setting="--pairs"), name=f"--pairs: {path}")
     else:
-        raise UserError(f"--pairs takes a file or two runs, not {len(given.pairs)} names.")
+        from ppo_rlhf.candidates import samples_of_one, samples_of_two
+
+        if given.pairs is None:
+            pairs = samples_of_one(given.sample, responses=given.responses, **drawn)
+        elif len(given.pairs) == 2:
+            pairs = samples_of_two(*given.pairs, **drawn)
+        else:
+            raise UserError(f"--pairs takes a file or two runs, not {len(given.pairs)} names.")
     if not pairs:
         raise UserError("there is nothing to judge: all sampled responses are the same.")
     return pairs if given.rank else all_pairs(pairs)

@@ -75,7 +75,7 @@ class Guard:
             return None
         (given,) = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[:1]
         if given and hmac.compare_digest(hashlib.sha256(given.encode()).hexdigest(), self.access):
-            response = RedirectResponse(scope["path"], 303)
+            response = RedirectResponse("/" + scope["path"].lstrip("/"), 303)  # "//host" would lead away
             response.set_cookie(
                 ACCESS, self.access, httponly=True, samesite="lax", secure=scope["scheme"] == "https", path="/"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import socket
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from ppo_rlhf.label.app import LabelSettings, make_app
 from ppo_rlhf.preferences import Store
 
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+LAST_PAGE = 1.0  # seconds
 PATIENCE = 3  # seconds that open requests get when the server ends
 
 
@@ -55,8 +57,8 @@ def serve(
     authority = f"[{host}]" if ":" in host else host
     key = "" if settings.token is None else f"?token={quote(settings.token, safe='')}"
 
-    def finish() -> None:
-        server.should_exit = True
+    def finish() -> None:  # once the last page has its style sheet
+        asyncio.get_running_loop().call_later(LAST_PAGE, setattr, server, "should_exit", True)
 
     app = make_app(store, settings, finish=finish if finishable else None)
     server = uvicorn.Server(

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,15 @@ def pairs_from(rows: Iterable[Row], *, name: str) -> list[Pair]:
             raise UserError(f"{where} has a text of {longest} characters; {LONGEST_TEXT} are the most.")
         pairs.append(Pair(prompt, responses, _sources(row.get("sources"), responses, where), _language(row, where)))
     return pairs
+
+
+def all_pairs(several: Iterable[Pair]) -> list[Pair]:
+    """Each two of the responses to a prompt as a pair of its own."""
+    return [
+        replace(each, **{name: [own[a], own[b]] for name in ("responses", "sources") if (own := getattr(each, name))})
+        for each in several
+        for a, b in itertools.combinations(range(len(each.responses)), 2)
+    ]
 
 
 def choices_from(rows: Iterable[Row], *, name: str) -> list[Choice]:
