@@ -132,36 +132,26 @@ class Pages:
     async def choose(self, request: Request) -> Response:
         """Keeps a choice, then shows the next pair."""
         fields, annotator = await self._sent(request)
-        verdict, _, strength = fields.get("result", "").partition(" ")
-        margin = MARGINS.get(strength)
-        result = verdict if margin is not None else fields.get("result", "")
+
+        def choose() -> str:
+            self.store.choose(annotator=annotator, **_choice_in(fields))
+            return "Saved."
+
         try:
-            places = [int(fields[f"place{index}"]) for index in range(len(fields)) if f"place{index}" in fields]
-            seconds = float(fields["seconds"]) if fields.get("seconds") else None
-            number = int(fields.get("pair", ""))
-            if seconds is not None and not 0 <= seconds <= LONGEST_LOOK:
-                seconds = None
-            await run_in_threadpool(
-                self.store.choose,
-                number,
-                annotator,
-                result,
-                places=places if result == "ranking" else (),
-                margin=margin,
-                note=fields.get("note", "").replace("\0", "").strip()[:LONGEST_NOTE],
-                seconds=seconds,
-            )
-        except ValueError as error:
-            raise HTTPException(400, "That is no choice for this pair.") from error
+            return await run_in_threadpool(self._then_next, choose, request, annotator)
         except NotDealt as error:
             raise HTTPException(409, "This pair is not before you; reload the page.") from error
-        return await self._next(request, annotator, "Saved.")
+        except ValueError as error:
+            raise HTTPException(400, "That is no choice for this pair.") from error
 
     async def undo(self, request: Request) -> Response:
         """Takes the last choice back, then shows its pair."""
         _, annotator = await self._sent(request)
-        undone = await run_in_threadpool(self.store.undo, self.settings.collection, annotator)
-        return await self._next(request, annotator, "Undone." if undone else "There is nothing to undo.")
+
+        def undo() -> str:
+            return "Undone." if self.store.undo(self.settings.collection, annotator) else "There is nothing to undo."
+
+        return await run_in_threadpool(self._then_next, undo, request, annotator)
 
     async def statistics(self, request: Request) -> Response:
         """What the choices say so far."""
@@ -232,13 +222,17 @@ class Pages:
             raise HTTPException(403, "Say who you are first.")
         return fields, annotator
 
-    async def _next(self, request: Request, annotator: str, message: str) -> Response:
-        """The labelling page: to our script at once, to a plain form by way of a redirect, so that a reload is safe."""
+    # ------------------------------------------------------------------------------------------------------ rendering
+
+    def _then_next(self, change: Callable[[], str], request: Request, annotator: str) -> Response:
+        """Makes a change, then shows the labelling page with what it says.
+
+        A plain form gets there by a redirect, so that a reload is safe; our script gets the page at once.
+        """
+        message = change()
         if "x-live" not in request.headers:
             return RedirectResponse("/", 303)
-        return await run_in_threadpool(self._label_page, request, annotator, message)
-
-    # ------------------------------------------------------------------------------------------------------ rendering
+        return self._label_page(request, annotator, message)
 
     def _label_page(self, request: Request, annotator: str, message: str = "") -> Response:
         deal = self.store.deal(self.settings.collection, annotator)
@@ -281,6 +275,22 @@ class Pages:
     def _set_cookie(self, request: Request, response: Response, name: str, value: str) -> None:
         secure = request.url.scheme == "https"
         response.set_cookie(name, value, max_age=YEAR, httponly=True, samesite="lax", secure=secure)
+
+
+def _choice_in(fields: Mapping[str, str]) -> dict[str, Any]:
+    """What a form says of a pair: the arguments of `Store.choose`. Raises ValueError for what is no number."""
+    result, _, strength = fields.get("result", "").partition(" ")
+    if strength not in MARGINS:
+        result, strength = fields.get("result", ""), ""
+    seconds = float(fields.get("seconds") or "nan")
+    return {
+        "number": int(fields.get("pair", "")),
+        "result": result,
+        "places": [int(fields[name]) for name in sorted(fields) if name.startswith("place")],
+        "margin": MARGINS.get(strength),
+        "note": fields.get("note", "").replace("\0", "").strip()[:LONGEST_NOTE],
+        "seconds": seconds if 0 <= seconds <= LONGEST_LOOK else None,
+    }
 
 
 def _percent(share: float) -> str:

@@ -125,9 +125,11 @@ def pairs_from(rows: Iterable[Row], *, name: str) -> list[Pair]:
 def all_pairs(several: Iterable[Pair]) -> list[Pair]:
     """Each two of the responses to a prompt as a pair of its own."""
     return [
-        replace(each, **{name: [own[a], own[b]] for name in ("responses", "sources") if (own := getattr(each, name))})
+        replace(
+            each, responses=[each.responses[i] for i in both], sources=[each.sources[i] for i in both if each.sources]
+        )
         for each in several
-        for a, b in itertools.combinations(range(len(each.responses)), 2)
+        for both in itertools.combinations(range(len(each.responses)), 2)
     ]
 
 

@@ -22,10 +22,7 @@ from sqlalchemy import (
     Connection,
     Engine,
     create_engine,
-    delete,
     event,
-    exists,
-    func,
     insert,
     inspect,
     make_url,
@@ -35,7 +32,8 @@ from sqlalchemy import (
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from ppo_rlhf.errors import UserError
-from ppo_rlhf.preferences.tables import AVAILABLE, STANDING, choices, collections, deals, metadata, pairs
+from ppo_rlhf.preferences import queries
+from ppo_rlhf.preferences.tables import STANDING, choices, collections, deals, metadata, pairs
 
 RESULTS = ("left", "right", "tie", "both bad", "skip", "ranking")
 LEASE = 30 * 60.0  # seconds; a pair that its annotator has left for so long may be dealt to another
@@ -184,11 +182,10 @@ class Store:
 
     def _collection(self, connection: Connection, name: str) -> int:
         """The collection's number, made where there is none, held until the transaction ends."""
-        query = select(collections.c.id).where(collections.c.name == name).with_for_update()
-        number = connection.scalar(query)
+        number = connection.scalar(queries.collection_held, {"name": name})
         if number is None:
             connection.execute(insert(collections).values(name=name))
-            number = connection.scalar(query)
+            number = connection.scalar(queries.collection_held, {"name": name})
         assert number is not None
         return number
 
@@ -219,65 +216,50 @@ class Store:
 
         A pair is dealt to as many people as are to judge it, never twice to one.
         """
-        with self.engine.connect() as connection:
-            deal = self._open_deal(connection, name, annotator)
-        if deal is not None:
-            return deal
         with self._writing() as connection:
             collection = self._collection(connection, name)
-            deal = self._open_deal(connection, name, annotator)  # he may have two windows
-            if deal is not None:
-                return deal
-            row = self._next_pair(connection, collection, annotator)
+            me: dict[str, Any] = {"its_collection": collection, "who": annotator}
+            row = connection.execute(queries.deal_at_hand, me).first()
+            if row is not None:
+                if row.state == queries.RELEASED:
+                    self._set_state(connection, row.id, annotator, queries.OPEN)
+                    self._change_open(connection, row.id, -1)
+                return Deal(row.id, _pair(row), row.shown)
+            row = connection.execute(queries.next_pair, me).first()
             if row is None and self._release(connection, collection):
-                row = self._next_pair(connection, collection, annotator)
+                row = connection.execute(queries.next_pair, me).first()
             if row is None:
                 return None
             pair = _pair(row)
             shown = self._shuffle.sample(range(len(pair.responses)), len(pair.responses))
-            mine = (deals.c.pair == row.id) & (deals.c.annotator == annotator)
-            connection.execute(delete(deals).where(mine))  # one that was released
-            values = {"pair": row.id, "annotator": annotator, "shown": shown, "state": "open", "time": time.time()}
-            connection.execute(insert(deals).values(values))
+            values = {
+                "pair": row.id,
+                "annotator": annotator,
+                "shown": shown,
+                "state": queries.OPEN,
+                "time": time.time(),
+            }
+            connection.execute(insert(deals), values)
             self._change_open(connection, row.id, -1)
             return Deal(row.id, pair, shown)
 
-    def _open_deal(self, connection: Connection, name: str, annotator: str) -> Deal | None:
-        """The latest pair that the annotator has and has not judged."""
-        query = (
-            select(pairs, deals.c.shown)
-            .join(deals, deals.c.pair == pairs.c.id)
-            .join(collections)
-            .where(collections.c.name == name, deals.c.annotator == annotator, deals.c.state == "open")
-            .order_by(deals.c.time.desc())
-            .limit(1)
-        )
-        row = connection.execute(query).first()
-        return None if row is None else Deal(row.id, _pair(row), row.shown)
-
-    def _next_pair(self, connection: Connection, collection: int, annotator: str) -> Any:
-        had = exists().where(deals.c.pair == pairs.c.id, deals.c.annotator == annotator, deals.c.state != "released")
-        query = select(pairs).where(pairs.c.collection == collection, AVAILABLE, ~had)
-        return connection.execute(query.order_by(pairs.c.place, pairs.c.id).limit(1)).first()
-
     def _release(self, connection: Connection, collection: int) -> bool:
         """Frees the pairs that their annotators have left for longer than the lease; whether there were any."""
-        left = deals.c.state == "open", deals.c.time < time.time() - LEASE, pairs.c.collection == collection
-        query = select(deals.c.pair, deals.c.annotator).join(pairs).where(*left)
+        left = connection.execute(
+            queries.deals_left, {"its_collection": collection, "since": time.time() - LEASE}
+        ).all()
         released = 0
-        for number, annotator in connection.execute(query).all():
-            still = (deals.c.pair == number) & (deals.c.annotator == annotator) & (deals.c.state == "open")
-            if connection.execute(update(deals).where(still).values(state="released")).rowcount:
+        for number, annotator in left:
+            if connection.execute(queries.release, {"number": number, "who": annotator}).rowcount:
                 self._change_open(connection, number, 1)
                 released += 1
         return released > 0
 
     def _set_state(self, connection: Connection, number: int, annotator: str, state: str) -> None:
-        mine = (deals.c.pair == number) & (deals.c.annotator == annotator)
-        connection.execute(update(deals).where(mine).values(state=state, time=time.time()))
+        connection.execute(queries.set_state, {"number": number, "who": annotator, "new": state, "now": time.time()})
 
     def _change_open(self, connection: Connection, number: int, change: int) -> None:
-        connection.execute(update(pairs).where(pairs.c.id == number).values(open=pairs.c.open + change))
+        connection.execute(queries.change_open, {"number": number, "change": change})
 
     def choose(
         self,
@@ -295,12 +277,11 @@ class Store:
         Raises NotDealt, or ValueError for a result that does not fit the pair.
         """
         with self._writing() as connection:
-            mine = (deals.c.pair == number) & (deals.c.annotator == annotator)
-            deal = connection.execute(select(deals).where(mine).with_for_update()).first()
+            deal = connection.execute(queries.deal_held, {"number": number, "who": annotator}).first()
             if deal is None:
                 raise NotDealt(f"pair {number} was not dealt to {annotator}")
             ranks = ranks_of(result, deal.shown, places)
-            if deal.state in ("judged", "skipped"):
+            if deal.state in (queries.JUDGED, queries.SKIPPED):
                 return False
             values = {
                 "pair": number,
@@ -313,11 +294,11 @@ class Store:
                 "seconds": seconds,
                 "time": time.time(),
             }
-            connection.execute(insert(choices).values(values))
-            self._set_state(connection, number, annotator, "skipped" if result == "skip" else "judged")
+            connection.execute(insert(choices), values)
+            self._set_state(connection, number, annotator, queries.SKIPPED if result == "skip" else queries.JUDGED)
             if result == "skip":  # somebody else may judge it
                 self._change_open(connection, number, 1)
-            if deal.state == "released":  # his choice came late, and counts
+            if deal.state == queries.RELEASED:  # his choice came late, and counts
                 self._change_open(connection, number, -1)
         return True
 
@@ -338,31 +319,15 @@ class Store:
             if last is None:
                 return False
             connection.execute(update(choices).where(choices.c.id == last.id).values(undone=True))
-            self._set_state(connection, last.pair, annotator, "open")
+            self._set_state(connection, last.pair, annotator, queries.OPEN)
             if last.result == "skip":
                 self._change_open(connection, last.pair, -1)
         return True
 
     def progress(self, name: str, annotator: str) -> Progress:
         """How far the annotator is, and how much is left for him."""
-        in_collection = (
-            pairs.c.collection == select(collections.c.id).where(collections.c.name == name).scalar_subquery()
-        )
-        counted = select(func.count()).select_from(pairs).where(in_collection)
-        dealt = counted.join(deals, deals.c.pair == pairs.c.id)
-        mine = dealt.where(deals.c.annotator == annotator)
         with self.engine.connect() as connection:
-
-            def count(query: Any) -> int:
-                return connection.scalar(query) or 0
-
-            at_hand = count(mine.where(deals.c.state == "open"))
-            available = count(counted.where(AVAILABLE)) - count(mine.where(AVAILABLE, deals.c.state != "released"))
-            return Progress(
-                done=count(mine.where(deals.c.state.in_(("judged", "skipped")))),
-                remaining=available + at_hand,
-                elsewhere=count(dealt.where(deals.c.annotator != annotator, deals.c.state == "open")),
-            )
+            return Progress(*connection.execute(queries.progress, {"name": name, "who": annotator}).one())
 
     # ------------------------------------------------------------------------------------------------------- reading
 
@@ -397,9 +362,9 @@ class Store:
         with self._writing() as connection:
             collection = self._collection(connection, name)
             query = select(pairs.c.digest, pairs.c.id).where(pairs.c.collection == collection)
-            numbers: dict[str, int] = dict(connection.execute(query).tuples().all())
+            numbers: dict[str, int] = dict(map(tuple, connection.execute(query)))
             judged = select(choices.c.pair, choices.c.annotator).where(STANDING)
-            known = set(connection.execute(judged).tuples().all())
+            known = set(map(tuple, connection.execute(judged)))
             rows = []
             for choice in imported:
                 key = (numbers[choice.pair.digest], choice.annotator)

@@ -74,6 +74,7 @@ STANDING = choices.c.undone == false()
 
 Index("available_pairs", pairs.c.collection, pairs.c.place, sqlite_where=AVAILABLE, postgresql_where=AVAILABLE)
 Index("deals_by_annotator", deals.c.annotator, deals.c.state)
+Index("deals_by_state", deals.c.state)
 Index("choices_by_annotator", choices.c.annotator)
 Index(
     "one_choice_each",
