@@ -201,7 +201,7 @@ def _pairs_to_label(given: Namespace) -> list[Pair]:
 def _check_labelling(given: Namespace) -> None:
     """Raises UserError for what can be seen to be wrong before anything is sampled or written."""
     from ppo_rlhf.data import check_preferences
-    from ppo_rlhf.label import check_host
+    from ppo_rlhf.label import check_host, is_name
 
     check_host(given.host, given.token)
     check_preferences(given.db, setting="--db")
@@ -209,6 +209,10 @@ def _check_labelling(given: Namespace) -> None:
         value = given.get(name, least)
         if not least <= value < 1_000_000:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}.")
+    if given.annotator is not None and not is_name(given.annotator):
+        raise UserError(
+            f"--annotator {given.annotator!r} is no name: it has 1 to 60 characters, none of them invisible."
+        )
 
 
 def _store(given: Namespace, *, create: bool) -> Store:

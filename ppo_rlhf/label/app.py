@@ -85,6 +85,11 @@ ASIDE = (
 ASIDE_OF_A_RANKING = (Button("both bad", "All bad", "x", "x", "aside"), ASIDE[1])
 
 
+def is_name(name: str) -> bool:
+    """Whether an annotator may be called so."""
+    return 1 <= len(name) <= LONGEST_NAME and name.isprintable() and name == name.strip()
+
+
 def make_app(store: Store, settings: LabelSettings, *, finish: Callable[[], None] | None = None) -> Starlette:
     """The app over an open store. finish: what the button does that is shown when everything has been judged."""
     pages = Pages(store, settings, finish)
@@ -166,7 +171,7 @@ class Pages:
     async def set_name(self, request: Request) -> Response:
         """Remembers the name in a cookie."""
         name = (await self._fields(request)).get("name", "").strip()
-        if not name or len(name) > LONGEST_NAME or not name.isprintable() or self.settings.annotator:
+        if not is_name(name) or self.settings.annotator:
             raise HTTPException(400, f"A name has 1 to {LONGEST_NAME} characters, none of them invisible.")
         response = RedirectResponse("/", 303)
         self._set_cookie(request, response, NAME, quote(name))

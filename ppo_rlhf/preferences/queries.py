@@ -21,7 +21,7 @@ deal_at_hand = (
     select(pairs, deals.c.shown, deals.c.state)
     .join(deals, deals.c.pair == pairs.c.id)
     .where(HERE, MINE, or_(deals.c.state == OPEN, and_(deals.c.state == RELEASED, AVAILABLE)))
-    .order_by(deals.c.state, deals.c.time.desc())
+    .order_by(deals.c.state, deals.c.time.desc())  # "open" comes before "released"
     .limit(1)
 )
 

@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.preferences import queries
@@ -160,10 +160,11 @@ class Store:
 
     # ------------------------------------------------------------------------------------------------ adding pairs
 
-    def add(self, name: str, added: Iterable[Pair], *, overlap: float = 1.0, seed: int = 0) -> int:
+    def add(self, name: str, added: Iterable[Pair], *, overlap: float | None = 1.0, seed: int = 0) -> int:
         """Puts pairs into a collection, in a random order, each to be judged by `overlap` people; → how many were new.
 
         overlap: 1.25 has every pair judged once and every fourth twice. It holds for the pairs that were there, too.
+        None: nobody is to judge the new ones.
         """
         with self._writing() as connection:
             number = self._collection(connection, name)
@@ -177,14 +178,16 @@ class Store:
                     rows.append({"collection": number, "digest": digest, "place": place, **_columns(pair)})
             if rows:
                 connection.execute(insert(pairs), [{**row, "people": 0, "open": 0} for row in rows])
-            self._set_people(connection, number, overlap)
+            if overlap is not None:
+                self._set_people(connection, number, overlap)
         return len(rows)
 
     def _collection(self, connection: Connection, name: str) -> int:
         """The collection's number, made where there is none, held until the transaction ends."""
         number = connection.scalar(queries.collection_held, {"name": name})
         if number is None:
-            connection.execute(insert(collections).values(name=name))
+            with suppress(IntegrityError), connection.begin_nested():  # another server may be quicker
+                connection.execute(insert(collections).values(name=name))
             number = connection.scalar(queries.collection_held, {"name": name})
         assert number is not None
         return number
@@ -358,7 +361,7 @@ class Store:
         One that the annotator has made already is left out. Nobody is dealt these pairs.
         """
         imported = list(imported)
-        self.add(name, (choice.pair for choice in imported), overlap=0)
+        self.add(name, (choice.pair for choice in imported), overlap=None)
         with self._writing() as connection:
             collection = self._collection(connection, name)
             query = select(pairs.c.digest, pairs.c.id).where(pairs.c.collection == collection)

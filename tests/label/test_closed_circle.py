@@ -1,7 +1,7 @@
 """The whole circle on the embedded task: sample ► label ► reward model ► PPO ► label again.
 
-The annotator is a script that reads both responses off a real page and presses the key of the one that the gold reward
-prefers.
+The annotator is a script that reads the responses off a real page and ranks them by keys as the gold reward does. As in
+InstructGPT a label is a ranking of several responses.
 """
 
 import json
@@ -29,14 +29,14 @@ policy: sft/policy
 data: sqlite:///preferences.db
 eval_data: held_out.jsonl
 gold: ppo_rlhf.toy:gold
-num_epochs: 6
-batch_size: 16
-eval_every: 15
+num_epochs: 3
+batch_size: 4
+eval_every: 45
 save_every: 0
 log_with: []
 language_model_coef: 0.3
 normalization_prompts: 128
-optimizer: {lr: 5.0e-4, schedule: linear, warmup_steps: 10, weight_decay: 0.1}
+optimizer: {lr: 1.0e-3, schedule: linear, warmup_steps: 30, weight_decay: 0.1}
 """
 PPO = """
 policy: sft/policy
@@ -62,11 +62,13 @@ def train(stage, settings, tmp_path, capfd):
 
 
 def judge(page, count):
-    """Chooses as the gold reward does, by keys, reading nothing but the page."""
+    """Ranks as the gold reward does, by keys, reading nothing but the page."""
     for _ in range(count):
-        prompt = page.inner_text(".prompt .text")
-        left, right = toy.gold([prompt] * 2, page.locator(".response .text").all_inner_texts())
-        press(page, "1" if left > right else "3" if right > left else "2")
+        prompt, responses = page.inner_text(".prompt .text"), page.locator(".response .text").all_inner_texts()
+        scores = toy.gold([prompt] * len(responses), responses)
+        for position in sorted(range(len(responses)), key=lambda index: -scores[index]):
+            page.keyboard.press(str(position + 1))
+        press(page, "Enter")
 
 
 def gold_ranks(pair):
@@ -77,12 +79,15 @@ def gold_ranks(pair):
 @pytest.mark.timeout(1200)
 def test_labels_made_in_a_browser_train_a_reward_model_that_raises_the_gold_score(serve, browser, tmp_path, capfd):
     train("sft", SFT, tmp_path, capfd)
-    held_out = samples_of_one("sft", prompts="ppo_rlhf.toy:prompts", count=200, responses=2, seed=1)
+    prompts = list(toy.prompts())
+    labelled, others = (write_rows(f"{number}.jsonl", prompts[number::2]) for number in range(2))
+    held_out = samples_of_one("sft", prompts=others, count=200, responses=2, seed=1)
     rows = [{"prompt": pair.prompt, "responses": pair.responses, "ranks": gold_ranks(pair)} for pair in held_out]
     write_rows(tmp_path / "held_out.jsonl", rows)
 
-    sampling = ["--prompts", "ppo_rlhf.toy:prompts", "--num-pairs", "320", "--db", "sqlite:///preferences.db"]
-    server = serve("label", "--sample", "sft", *sampling, "--annotator", "gold", "--port", "0")
+    sampling = ["--prompts", labelled, "--num-pairs", "300", "--db", "sqlite:///preferences.db"]
+    sampling += ["--responses", "4", "--rank", "--annotator", "gold", "--port", "0"]
+    server = serve("label", "--sample", "sft", *sampling)
     with page_of(browser, server.address) as page:
         judge(page, 300)
         assert done(page) == 300
@@ -96,7 +101,7 @@ def test_labels_made_in_a_browser_train_a_reward_model_that_raises_the_gold_scor
 
     sampling[3] = "20"
     uncertain = ["--order", "uncertain", "--reward-model", "reward/reward_model"]
-    server = serve("label", "--sample", "ppo", *sampling, *uncertain, "--annotator", "gold", "--port", "0")
+    server = serve("label", "--sample", "ppo", *sampling, *uncertain)
     with page_of(browser, server.address) as page:
         judge(page, 5)
     server.end()

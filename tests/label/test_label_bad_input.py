@@ -96,6 +96,8 @@ COMMAND_LINES = [
     ("label --pairs {good} --overlap .nan --db {db}", ["--overlap"]),
     ("label --sample {gpt2} --num-pairs 0 --db {db}", ["--num-pairs 0"]),
     ("label --sample {gpt2} --responses 1 --db {db}", ["--responses 1"]),
+    ("label --pairs {good} --annotator= --db {db}", ["--annotator"]),
+    ("label --pairs {good} --annotator {name} --db {db}", ["--annotator", "60"]),
     ("label --pair {good} --db {db}", ["pair"]),
     ("preferences", ["action"]),
     ("preferences exprot out.jsonl", ["exprot", "export"]),
@@ -117,7 +119,7 @@ def test_a_mistake_is_named_in_one_line(line, named, paths, capfd):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        known = {**paths, "db": DB, "taken": taken.getsockname()[1]}
+        known = {**paths, "db": DB, "name": "x" * 61, "taken": taken.getsockname()[1]}
         code = main([word.format(**known) for word in line.split()])
     told = capfd.readouterr()
     assert code == 2, told

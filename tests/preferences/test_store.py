@@ -223,6 +223,12 @@ def test_imported_choices_are_added_once_and_are_dealt_to_nobody(store):
     assert not store.undo("published", "ada")
 
 
+def test_an_import_leaves_what_is_being_labelled_as_it_is(store):
+    store.add("work", pairs(2))
+    store.import_choices("work", [Choice(Pair("p", ["a", "b"]), "ada", "ranking", [1, 2])])
+    assert len(label_all(store, "ben")) == 2
+
+
 # ------------------------------------------------------------------------------------------------------ several at once
 
 
