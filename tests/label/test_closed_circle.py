@@ -31,8 +31,9 @@ eval_data: held_out.jsonl
 gold: ppo_rlhf.toy:gold
 num_epochs: 3
 batch_size: 4
-eval_every: 45
+eval_every: 0
 save_every: 0
+keep_best: false
 log_with: []
 language_model_coef: 0.3
 normalization_prompts: 128
