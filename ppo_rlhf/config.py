@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ppo_rlhf.settings import OptimizerSettings, PPOSettings, SamplingSettings, require
+from ppo_rlhf.settings import OptimizerSettings, PPOSettings, SamplingSettings, Ties, require
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,10 @@ class RewardConfig(SupervisedConfig):
     policy: str | None = None
     """The policy that the reward model starts from, and whose mean score it is normalised to."""
     data: str | None = None
-    """Comparisons: `prompt`, `chosen`, `rejected` [, `margin`], or `prompt`, `responses`, `ranks` (1 the best)."""
+    """Comparisons: `prompt`, `chosen`, `rejected` [, `margin`], or `prompt`, `responses`, `ranks` (1 the best); or the
+    URL of a database of preferences."""
+    ties: Ties = "drop"
+    """Responses of equal rank teach nothing (drop), or both orders, each in full (both) or by half (half)."""
     eval_data: str | None = None
     """Held-out comparisons; null: a share of the data, split by prompt."""
     gold: str | None = None

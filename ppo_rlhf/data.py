@@ -1,10 +1,13 @@
-"""Rows of data from everything `datasets` loads, checked where they enter; held-out splits; the order of training."""
+"""Rows of data from everything `datasets` loads, or from a database of preferences, checked where they enter.
+
+Held-out splits; the order of training.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
@@ -15,6 +18,10 @@ from ppo_rlhf.errors import UserError, did_you_mean
 from ppo_rlhf.references import call, is_reference
 from ppo_rlhf.seeding import permutation
 
+if TYPE_CHECKING:
+    from ppo_rlhf.preferences import Store
+
+DATABASES = ("sqlite", "postgresql", "postgres", "mysql", "mariadb")
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 Rows = Sequence[dict[str, Any]]
@@ -24,8 +31,8 @@ def load_rows(source: str | Iterable[dict[str, Any]], *, required: Sequence[str]
     """The rows of a source, each with the required columns, none of them missing.
 
     source: a JSONL, JSON, CSV, Parquet or text file, a folder saved by `datasets`, a data set's name on the Hub (its
-    "train" split), `module:function` or `file.py:function` that returns rows, or the rows themselves. setting: the
-    configuration's name for it, for messages.
+    "train" split), `module:function` or `file.py:function` that returns rows, the URL of a database of preferences, or
+    the rows themselves. setting: the configuration's name for it, for messages.
 
     Raises UserError for a missing file, no rows, a missing column, or a missing value.
     """
@@ -44,6 +51,8 @@ def load_rows(source: str | Iterable[dict[str, Any]], *, required: Sequence[str]
 
 
 def _from_source(source: str, setting: str) -> Iterable[dict[str, Any]]:
+    if is_database(source):
+        return _preferences(source, setting)
     if is_reference(source):
         return call(source)
     path = Path(source)
@@ -73,6 +82,42 @@ def _from_source(source: str, setting: str) -> Iterable[dict[str, Any]]:
     if "train" not in loaded:
         raise UserError(f"{setting}: {source} has no split 'train', only {', '.join(loaded)}; give one split's folder.")
     return loaded["train"]
+
+
+def is_database(source: str) -> bool:
+    """Whether the source is a database's URL, such as sqlite:///preferences.db."""
+    scheme, colon, _ = source.partition("://")
+    return bool(colon) and scheme.partition("+")[0] in DATABASES
+
+
+def preferences_store(url: str, *, setting: str, create: bool = False) -> Store:
+    """The database of preferences at a URL. Raises UserError where it cannot be opened."""
+    check_preferences(url, setting=setting)
+    from ppo_rlhf.preferences import Store
+
+    return Store.open(url, setting=setting, create=create)
+
+
+def check_preferences(url: str, *, setting: str) -> None:
+    """Raises UserError for an address that can be no database of preferences, or where its package is missing."""
+    try:
+        from ppo_rlhf.preferences import check_address
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{setting}: {url} needs a package that is not installed: install 'ppo-rlhf[label]'."
+        ) from error
+    check_address(url, setting=setting)
+
+
+def _preferences(url: str, setting: str) -> Rows:
+    """The choices that people made: prompt, responses, ranks, margin, annotator."""
+    store = preferences_store(url, setting=setting)
+    from ppo_rlhf.preferences import ranked_rows
+
+    try:
+        return ranked_rows(store.choices())
+    finally:
+        store.close()
 
 
 def text_column(rows: Rows, column: str, *, setting: str, empty: bool = False) -> list[str]:

@@ -10,6 +10,8 @@ from typing import Literal
 
 from ppo_rlhf.errors import UserError
 
+Ties = Literal["drop", "both", "half"]  # what two responses of equal rank teach: nothing, both orders, each by half
+
 
 def require(condition: bool, message: str) -> None:
     """Raises UserError(message) unless the condition holds."""

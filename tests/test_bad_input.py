@@ -325,6 +325,10 @@ def ranked(responses, ranks):
     return made
 
 
+def all_ranked(ranks):
+    return [{"prompt": f"fish {index}", "responses": [" a", " b"], "ranks": ranks} for index in range(10)]
+
+
 DATA = {
     "a missing prompt column in demonstrations": ("sft", renamed(prompt="promt"), ["promt", "prompt"]),
     "a missing completion column": ("sft", renamed(completion="completoin"), ["completion", "completoin"]),
@@ -359,7 +363,7 @@ DATA = {
     "ranks that are fewer": ("reward", ranked([" a", " b", " c"], [1, 2]), ["ranks", "3"]),
     "ranks that are missing": ("reward", ranked([" a", " b"], None), ["ranks"]),
     "ranks that are null": ("reward", ranked([" a", " b"], [1, None]), ["ranks"]),
-    "ranks that are all equal": ("reward", ranked([" a", " b"], [1, 1]), ["ranks", "equal"]),
+    "ranks that are all equal": ("reward", all_ranked([1, 1]), ["ranks", "equal"]),
     "one response alone": ("reward", ranked([" a"], [1]), ["responses"]),
     "responses that are no texts": ("reward", ranked([" a", None], [1, 2]), ["responses"]),
 }

@@ -15,6 +15,7 @@ __all__ = ["data", "in_tmp_path", "models"]
 
 ROOT = Path(__file__).parents[1]
 READMES = sorted(ROOT.glob("README*.md"))
+DOCUMENTS = [*READMES, *sorted(ROOT.glob("docs/*.md"))]
 PROGRAMS = ("ppo-rlhf", "python", "torchrun", "make")
 
 
@@ -31,7 +32,7 @@ def commands_in(text):
 
 
 PYTHON = [pytest.param(block, id=path.name) for path in READMES for block in fenced_blocks(path.read_text(), "python")]
-COMMANDS = [words for path in READMES for words in commands_in(path.read_text())]
+COMMANDS = [words for path in DOCUMENTS for words in commands_in(path.read_text())]
 
 
 def test_the_readme_has_python_and_commands_to_try():

@@ -14,6 +14,7 @@ from torch import Tensor
 from ppo_rlhf.data import Rows, text_column
 from ppo_rlhf.errors import UserError, did_you_mean
 from ppo_rlhf.rewards import RewardModel
+from ppo_rlhf.settings import Ties
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,9 @@ class Ranking:
 
     prompt: str
     responses: list[str]
-    pairs: list[tuple[int, int]]  # (better, worse) positions in responses, without the ties
+    pairs: list[tuple[int, int]]  # (better, worse) positions in responses
+    weights: list[float]  # of each pair
     margin: float  # of each pair
-
-    @property
-    def weight(self) -> float:
-        """1 / C(K, 2): every ranking weighs the same (Ouyang et al., 2022, eq. 1)."""
-        return 1 / math.comb(len(self.responses), 2)
 
 
 @dataclass(frozen=True)
@@ -42,17 +39,24 @@ class EncodedRankings:
         return len(self.rankings)
 
 
-def rankings_of(rows: Rows, *, setting: str) -> list[Ranking]:
-    """Rankings from `chosen` and `rejected` [, `margin`], or from `responses` and `ranks`, 1 the best, equal for a tie.
+def rankings_of(rows: Rows, *, setting: str, ties: Ties = "drop") -> list[Ranking]:
+    """Rankings from `chosen` and `rejected`, or from `responses` and `ranks`, 1 the best, equal for a tie.
 
-    Raises UserError for rows that are neither, ranks that do not fit, or a row in which nothing is preferred.
+    Optional columns: `margin`; `weight` of a chosen and a rejected response. ties: what equal ranks teach, see
+    `RewardConfig`; a row that teaches nothing is left out.
+
+    Raises UserError for rows that are neither, ranks that do not fit, or where no row is left.
     """
     prompts = text_column(rows, "prompt", setting=setting, empty=True)
     if "responses" in rows[0]:
-        return [
-            _ranking(prompt, row, f"{setting}: row {index}")
+        rankings = [
+            _ranking(prompt, row, ties, f"{setting}: row {index}")
             for index, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
         ]
+        kept = [ranking for ranking in rankings if ranking.pairs]
+        if not kept:
+            raise UserError(f"{setting}: the `ranks` of every row are all equal, so nothing is preferred.")
+        return kept
     missing = [name for name in ("chosen", "rejected") if name not in rows[0]]
     if missing:
         found = ", ".join(sorted(rows[0]))
@@ -61,26 +65,42 @@ def rankings_of(rows: Rows, *, setting: str) -> list[Ranking]:
             f"`prompt`, `responses`, `ranks`.{did_you_mean(missing[0], rows[0])}"
         )
     chosen, rejected = (text_column(rows, name, setting=setting, empty=True) for name in ("chosen", "rejected"))
-    margins = [row.get("margin") or 0.0 for row in rows]
-    for index, margin in enumerate(margins):
-        if not _is_number(margin):
-            raise UserError(f"{setting}: row {index}, column 'margin' is {margin!r}, not a number.")
     return [
-        Ranking(prompt, [better, worse], [(0, 1)], float(margin))
-        for prompt, better, worse, margin in zip(prompts, chosen, rejected, margins, strict=True)
+        Ranking(
+            prompt,
+            [better, worse],
+            [(0, 1)],
+            [_number(row, "weight", 1.0, f"{setting}: row {index}")],
+            _number(row, "margin", 0.0, f"{setting}: row {index}"),
+        )
+        for index, (prompt, better, worse, row) in enumerate(zip(prompts, chosen, rejected, rows, strict=True))
     ]
 
 
-def _ranking(prompt: str, row: dict[str, Any], where: str) -> Ranking:
+def _ranking(prompt: str, row: dict[str, Any], ties: Ties, where: str) -> Ranking:
+    """Each pair weighs 1 / C(K, 2), so that every ranking weighs the same (Ouyang et al., 2022, eq. 1)."""
     responses, ranks = row.get("responses"), row.get("ranks")
     if not isinstance(responses, list) or len(responses) < 2 or not all(isinstance(text, str) for text in responses):
         raise UserError(f"{where}: `responses` must be a list of two or more texts.")
     if not isinstance(ranks, list) or len(ranks) != len(responses) or not all(map(_is_number, ranks)):
         raise UserError(f"{where}: `ranks` must be a list of {len(responses)} numbers, one a response.")
-    pairs = [(a, b) for a, b in itertools.permutations(range(len(ranks)), 2) if ranks[a] < ranks[b]]
-    if not pairs:
-        raise UserError(f"{where}: all `ranks` are equal, so nothing is preferred; remove the row.")
-    return Ranking(prompt, responses, pairs, 0.0)
+    weight = 1 / math.comb(len(ranks), 2)
+    tie_weight = {"drop": 0.0, "both": weight, "half": weight / 2}[ties]
+    weights = {
+        (a, b): weight if ranks[a] < ranks[b] else tie_weight
+        for a, b in itertools.permutations(range(len(ranks)), 2)
+        if ranks[a] <= ranks[b]
+    }
+    pairs = [pair for pair, weight in weights.items() if weight]
+    margin = _number(row, "margin", 0.0, where)
+    return Ranking(prompt, responses, pairs, [weights[pair] for pair in pairs], margin)
+
+
+def _number(row: dict[str, Any], column: str, default: float, where: str) -> float:
+    value = default if row.get(column) is None else row[column]
+    if not _is_number(value):
+        raise UserError(f"{where}, column {column!r} is {value!r}, not a number.")
+    return float(value)
 
 
 def _is_number(value: Any) -> bool:
@@ -92,10 +112,10 @@ def pair_tensors(rankings: Sequence[Ranking], device: torch.device) -> tuple[Ten
     better, worse, weights, margins = [], [], [], []
     start = 0
     for ranking in rankings:
-        for a, b in ranking.pairs:
+        for (a, b), weight in zip(ranking.pairs, ranking.weights, strict=True):
             better.append(start + a)
             worse.append(start + b)
-            weights.append(ranking.weight)
+            weights.append(weight)
             margins.append(ranking.margin)
         start += len(ranking.responses)
     return (

@@ -125,7 +125,8 @@ def load_parts(
     rows, eval_rows = training_and_held_out(
         config, data, required=("prompt",), what="comparisons with `prompt`, `chosen` and `rejected`"
     )
-    rankings, eval_rankings = rankings_of(rows, setting="data"), rankings_of(eval_rows, setting="eval_data")
+    rankings = rankings_of(rows, setting="data", ties=config.ties)
+    eval_rankings = rankings_of(eval_rows, setting="eval_data")
     if gold is None and config.gold is not None:
         gold = load_reward(config.gold, setting="gold")
     policy.to(accelerator.device)

@@ -187,13 +187,27 @@ def test_k_responses_become_all_pairs_each_with_weight_one_over_their_number():
     )
     assert set(ranking.pairs) == {(1, 0), (1, 3), (1, 2), (0, 3), (0, 2), (3, 2)}
     assert len(ranking.pairs) == 6
-    assert ranking.weight == pytest.approx(1 / 6)
+    assert ranking.weights == pytest.approx([1 / 6] * 6)
 
 
 def test_ties_are_dropped_and_the_weight_stays():
     (ranking,) = rankings_of([{"prompt": "p", "responses": ["a", "b", "c"], "ranks": [1, 2, 2]}], setting="data")
     assert sorted(ranking.pairs) == [(0, 1), (0, 2)]
-    assert ranking.weight == pytest.approx(1 / 3)
+    assert ranking.weights == pytest.approx([1 / 3] * 2)
+
+
+@pytest.mark.parametrize(("ties", "weight"), [("both", 1 / 3), ("half", 1 / 6)])
+def test_a_tie_may_teach_both_orders_in_full_or_by_half(ties, weight):
+    rows = [{"prompt": "p", "responses": ["a", "b", "c"], "ranks": [1, 2, 2]}]
+    (ranking,) = rankings_of(rows, setting="data", ties=ties)
+    weights = dict(zip(ranking.pairs, ranking.weights, strict=True))
+    assert weights == pytest.approx({(0, 1): 1 / 3, (0, 2): 1 / 3, (1, 2): weight, (2, 1): weight})
+
+
+def test_a_ranking_in_which_nothing_is_preferred_is_left_out():
+    rows = [{"prompt": "p", "responses": ["a", "b"], "ranks": ranks} for ranks in ([1, 1], [2, 1])]
+    assert [ranking.pairs for ranking in rankings_of(rows, setting="data")] == [[(1, 0)]]
+    assert [len(ranking.pairs) for ranking in rankings_of(rows, setting="data", ties="both")] == [2, 1]
 
 
 def test_a_pair_is_a_ranking_of_two_with_its_margin():
@@ -202,14 +216,14 @@ def test_a_pair_is_a_ranking_of_two_with_its_margin():
         {"prompt": "q", "chosen": "c", "rejected": "d", "margin": None},
     ]
     first, second = rankings_of(rows, setting="data")
-    assert (first.responses, first.pairs, first.weight, first.margin) == (["a", "b"], [(0, 1)], 1.0, 0.5)
+    assert (first.responses, first.pairs, first.weights, first.margin) == (["a", "b"], [(0, 1)], [1.0], 0.5)
     assert second.margin == 0.0
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1]}], "row 0: all `ranks` are equal"),
+        ([{"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1]}], "the `ranks` of every row are all equal"),
         ([{"prompt": "p", "responses": ["a"], "ranks": [1]}], "row 0: `responses` must be a list of two or more"),
         ([{"prompt": "p", "responses": ["a", "b"], "ranks": [1]}], "row 0: `ranks` must be a list of 2 numbers"),
         ([{"prompt": "p", "responses": ["a", "b"]}], "row 0: `ranks` must be a list of 2 numbers"),

@@ -1,0 +1,111 @@
+"""What people are to judge: a policy's own samples beside each other, or two policies' against one another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from ppo_rlhf.data import held_out, load_rows, stream, text_column
+from ppo_rlhf.errors import UserError
+from ppo_rlhf.models import context_length, load_policy
+from ppo_rlhf.preferences import Pair, text_of
+from ppo_rlhf.prompts import Prompts
+from ppo_rlhf.rewards import RewardModel
+from ppo_rlhf.run import read_config
+from ppo_rlhf.sampling import sample
+from ppo_rlhf.seeding import uniform_rows
+from ppo_rlhf.settings import SamplingSettings
+
+
+def samples_of_one(run: str, *, prompts: str | None, count: int, responses: int, seed: int) -> list[Pair]:
+    """Several responses of a run's policy to each of `count` prompts: those of its configuration, or others.
+
+    Where all are the same there is nothing to judge, and they are left out.
+    """
+    rows = prompt_rows(run, prompts)
+    texts = chosen_prompts(rows, count, seed)
+    told = sampled(run, texts, repeats=responses, seed=seed, side=0)
+    return [
+        Pair(prompt, several, [run] * responses)
+        for prompt, several in zip(texts, told, strict=True)
+        if len(set(several)) > 1
+    ]
+
+
+def samples_of_two(run: str, other: str, *, prompts: str | None, count: int, seed: int) -> list[Pair]:
+    """A response of each of two runs' policies to each of `count` prompts, by default held out from the first run."""
+    if Path(run).resolve() == Path(other).resolve():
+        raise UserError(f"{run} and {other} are the same run; compare it with another.")
+    rows = prompt_rows(run, prompts)
+    config = read_config(run_folder(run)) or {}
+    if prompts is None and config.get("eval_prompts") is None:
+        _, rows = held_out(rows, config["eval_fraction"], config["seed"], setting="eval_fraction")
+    texts = chosen_prompts(rows, count, seed)
+    sides = [sampled(each, texts, repeats=1, seed=seed, side=side) for side, each in enumerate((run, other))]
+    return [Pair(prompt, [*mine, *yours], [run, other]) for prompt, mine, yours in zip(texts, *sides, strict=True)]
+
+
+def uncertainty_order(pairs: Mapping[int, Pair], reward_model: str) -> dict[int, float]:
+    """Of each pair, how far the reward model puts its best response above the next: the smallest is the least sure."""
+    model = RewardModel.load(reward_model, setting="--reward-model", device=_device())
+    prompts = [text_of(pair.prompt) for pair in pairs.values() for _ in pair.responses]
+    scores = iter(model(prompts, [text for pair in pairs.values() for text in pair.responses]).tolist())
+    margins = {}
+    for number, pair in pairs.items():
+        best, second, *_ = sorted((next(scores) for _ in pair.responses), reverse=True)
+        margins[number] = best - second
+    return margins
+
+
+def run_folder(run: str) -> Path:
+    """The folder of the run itself: of a pipeline, that of its last stage."""
+    return Path(run) / "ppo" if (Path(run) / "ppo" / "policy").is_dir() else Path(run)
+
+
+def prompt_rows(run: str, prompts: str | None) -> list[dict[str, object]]:
+    """The rows of the given prompts, else of those in the run's configuration. Raises UserError where it has none."""
+    setting = "--prompts"
+    if prompts is None:
+        config = read_config(run_folder(run)) or {}
+        prompts, setting = config.get("eval_prompts") or config.get("prompts"), f"the prompts of {run}"
+    if prompts is None:
+        raise UserError(f"{run} names no prompts; give some with --prompts.")
+    return load_rows(prompts, required=("prompt",), setting=setting)
+
+
+def chosen_prompts(rows: Sequence[Mapping[str, object]], count: int, seed: int) -> list[str]:
+    """Distinct prompts, `count` of them or as many as there are, in a random order."""
+    texts = list(dict.fromkeys(text_column([dict(row) for row in rows], "prompt", setting="--prompts")))
+    return [texts[index] for index in stream(len(texts), 0, min(count, len(texts)), seed).tolist()]
+
+
+def sampled(run: str, texts: list[str], *, repeats: int, seed: int, side: int) -> list[list[str]]:
+    """Responses of a run's policy to each prompt, sampled with the run's own settings."""
+    folder = run_folder(run)
+    source = folder / "policy" if (folder / "policy").is_dir() else folder
+    if not source.is_dir():
+        raise UserError(f"there is no run in {run}: no such folder.")
+    policy, tokenizer = load_policy(str(source), setting=run)
+    policy.to(_device())  # type: ignore[arg-type]
+    settings = sampling_settings(folder)
+    longest = context_length(policy) - settings.max_new_tokens
+    prompts = Prompts([{"prompt": text} for text in texts], tokenizer, longest=longest, setting="--prompts")
+    batch = prompts.batch(list(range(len(texts))), policy.device)
+    told = []
+    for repeat in range(repeats):
+        noise = uniform_rows(batch.rows, settings.max_new_tokens, seed, "candidates", side, repeat)
+        told.append(sample(policy, tokenizer, batch, settings, noise).texts)
+    return [list(several) for several in zip(*told, strict=True)]
+
+
+def sampling_settings(folder: Path) -> SamplingSettings:
+    """How the run sampled; a policy without a run, or a stage that does not sample, as the defaults say."""
+    settings = dict((read_config(folder) or {}).get("sampling") or {})
+    settings["stop_token_ids"] = tuple(settings.get("stop_token_ids", ()))
+    return SamplingSettings(**settings)
+
+
+def _device() -> torch.device:
+    return torch.accelerator.current_accelerator() or torch.device("cpu")

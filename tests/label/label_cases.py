@@ -1,0 +1,129 @@
+"""Pairs to judge, the command as a process of its own, and a headless browser that must not complain."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import databases
+import pytest
+import tiny_runs
+from playwright.sync_api import sync_playwright
+
+from ppo_rlhf.preferences import Store
+
+CHROMIUM = shutil.which("chromium")
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+QUIET += ["--disable-component-update", "--disable-sync"]
+
+
+def rows(count, responses=2):
+    return [
+        {"prompt": f"prompt {i}", "responses": [f"{name} {i}" for name in "pqrstu"[:responses]]} for i in range(count)
+    ]
+
+
+class Server:
+    """`ppo-rlhf label …` or `compare … --label`, running."""
+
+    def __init__(self, *words, cwd):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "ppo_rlhf", *map(str, words)],
+            cwd=cwd,
+            env=tiny_runs.environment(PYTHONUNBUFFERED="1"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        line = self.process.stdout.readline()
+        if not line.startswith("label at "):
+            raise AssertionError(line + self.process.communicate()[1])
+        self.address = line.removeprefix("label at ").strip()
+        self.port = int(re.search(r":(\d+)/", self.address)[1])
+
+    def kill(self):
+        """As the machine's failure would: no chance to clean up."""
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.wait(10)
+
+    def end(self):
+        """Ctrl-C; → what the command printed since it began to serve."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        out, err = self.process.communicate(timeout=30)
+        assert self.process.returncode == 0, err
+        assert "Traceback" not in err, err
+        return out
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """Starts servers that end with the test."""
+    started = []
+
+    def start(*words):
+        started.append(Server(*words, cwd=tmp_path))
+        return started[-1]
+
+    yield start
+    for server in started:
+        if server.process.poll() is None:
+            server.kill()
+        server.process.communicate()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    if CHROMIUM is None:
+        databases.missing("chromium")
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield launched
+        launched.close()
+
+
+@contextmanager
+def page_of(browser, address, *, allowed=(), **options):
+    """A page in a browser of its own, which may ask our server alone and must log no error but the allowed."""
+    context = browser.new_context(viewport={"width": 1200, "height": 800}, **options)
+    page = context.new_page()
+    told, asked = [], []
+    page.on("console", lambda message: told.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: told.append(str(error)))
+    page.on("dialog", lambda dialog: (told.append(f"dialog {dialog.message}"), dialog.dismiss()))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(address)
+    yield page
+    origin = re.match(r"https?://[^/]+/", address)[0]
+    elsewhere = [url for url in asked if not url.startswith(origin)]
+    complaints = [text for text in told if not any(each in text for each in allowed)]
+    assert not elsewhere + complaints, elsewhere + complaints
+    context.close()
+
+
+def done(page):
+    return int(page.inner_text("#done"))
+
+
+def press(page, key):
+    """A key, and the next pair on the screen."""
+    before = done(page)
+    page.keyboard.press(key)
+    page.wait_for_function("count => document.getElementById('done').textContent != count", arg=str(before))
+
+
+def click(page, name):
+    before = done(page)
+    page.get_by_role("button", name=name).click()
+    page.wait_for_function("count => document.getElementById('done').textContent != count", arg=str(before))
+
+
+def choices_in(path):
+    store = Store.open(f"sqlite:///{path}", setting="--db", create=False)
+    try:
+        return store.choices()
+    finally:
+        store.close()

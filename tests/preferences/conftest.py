@@ -1,0 +1,5 @@
+"""Empty databases."""
+
+from databases import address, postgres
+
+__all__ = ["address", "postgres"]
