@@ -122,6 +122,10 @@ def _execute(command: str, given: Namespace) -> int | None:
     if settings is not None:
         summary, lines = _train(command, settings_in(given, settings))
     else:
+        if "db" in given:
+            from ppo_rlhf.data import check_preferences
+
+            check_preferences(given.db, setting="--db")
         summary, lines = OTHERS[command](given)
     if summary:
         print(json.dumps(summary) if given.json else "\n".join(lines))
@@ -226,11 +230,9 @@ def _pairs_to_label(given: Namespace) -> list[Pair]:
 
 def _check_labelling(given: Namespace) -> None:
     """Raises UserError for what can be seen to be wrong before anything is sampled or written."""
-    from ppo_rlhf.data import check_preferences
     from ppo_rlhf.label import check_host, is_name
 
     check_host(given.host, given.token)
-    check_preferences(given.db, setting="--db")
     for name, least in (("overlap", 1), ("num_pairs", 1), ("responses", 2)):
         value = given.get(name, least)
         if not least <= value < 1_000_000:

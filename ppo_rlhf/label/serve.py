@@ -51,7 +51,7 @@ def serve(
     had.
     """
     check_host(host, settings.token)
-    if is_loopback(host):
+    if settings.token is None:  # a token is safe behind any name, such as a proxy's
         settings = replace(settings, hosts=LOCAL_NAMES | {host.lower()})
     listening = _listen(host, port)
     authority = f"[{host}]" if ":" in host else host

@@ -107,4 +107,3 @@ def test_labels_made_in_a_browser_train_a_reward_model_that_raises_the_gold_scor
         judge(page, 5)
     server.end()
     assert len(choices_in(tmp_path / "preferences.db")) == 305
-    print(reward, ppo)

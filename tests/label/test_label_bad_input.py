@@ -2,6 +2,7 @@
 
 import json
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,13 @@ def test_a_mistake_is_named_in_one_line(line, named, paths, capfd):
     server = ("--port 70000", "--port {taken}", "203.0.113.7", "./nowhere")  # what is seen once the pairs are stored
     if not any(each in line for each in server):
         assert {path.name for path in Path().iterdir()} == before
+
+
+@pytest.mark.parametrize("line", ["label --pairs {good}", "preferences stats", "compare {gpt2} {llama}"])
+def test_a_missing_extra_is_named(line, paths, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ppo_rlhf.preferences", None)
+    assert main([word.format(**paths) for word in line.split()]) == 2
+    assert "ppo-rlhf[label]" in capfd.readouterr().err
 
 
 def test_the_commands_work_without_their_mistakes(paths, capfd, tmp_path):
