@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import yaml
@@ -143,7 +143,7 @@ class Run:
         accelerator.wait_for_everyone()  # until all have seen whether the folder can be used
         self._stop = StopRequest(tells=accelerator.is_main_process)
         self._saved = -1  # step of the latest checkpoint
-        self._lock: IO[str] | None = None
+        self._lock: int | None = None
         if accelerator.is_main_process:
             with told_if_unwritable(folder):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -269,7 +269,8 @@ class Run:
         self._stop.forget()
         self.progress.close()
         if self._lock is not None:
-            self._lock.close()
+            os.close(self._lock)
+            self._lock = None
         if error is None:
             self.accelerator.wait_for_everyone()
         # Not end_training, which ends the process group as well, and with it the next stage of a pipeline.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import IO
 
 from ppo_rlhf.errors import UserError
 
@@ -13,18 +13,22 @@ except ImportError:  # Windows has none
     fcntl = None  # type: ignore[assignment]
 
 
-def lock(folder: Path) -> IO[str]:
-    """Takes the folder until the file that is returned is closed, or the process ends in whatever way.
+def lock(folder: Path) -> int | None:
+    """Takes the folder itself, until the descriptor that is returned is closed or the process ends in whatever way.
 
-    Raises UserError for a folder that another process writes into.
+    None where the system has no such locks. Raises UserError for a folder that another process writes into.
     """
-    file = (folder / ".lock").open("a", encoding="utf-8")
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise UserError(
-                f"another process is writing into {folder}; wait for its end, or give another --output-dir."
-            ) from None
-    return file
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"another process is writing into {folder}; wait for its end, or give another --output-dir."
+        ) from None
+    except OSError:  # a network disk without locks
+        os.close(descriptor)
+        return None
+    return descriptor

@@ -184,11 +184,11 @@ def test_a_run_that_is_left_ends_its_progress_and_its_trackers(failing, tmp_path
 
 
 def test_what_was_logged_after_the_checkpoint_is_forgotten_also_a_line_cut_in_half(tmp_path, accelerator):
-    run = run_in(tmp_path / "out", accelerator)
-    run.log(0, {"loss": 3.0})
-    run.log(1, {"loss": 2.0})
-    run.save_checkpoint(LoopState(step=1))
-    run.log(2, {"loss": 1.0})
+    with run_in(tmp_path / "out", accelerator) as run:
+        run.log(0, {"loss": 3.0})
+        run.log(1, {"loss": 2.0})
+        run.save_checkpoint(LoopState(step=1))
+        run.log(2, {"loss": 1.0})
     with (tmp_path / "out" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
     again = run_in(tmp_path / "out", accelerator)
