@@ -2,8 +2,9 @@
 
     python examples/benchmarks/soak.py --steps 300          a minute or two on one core; 2000 steps: ten
 
-Prints one object: memory after a hundred steps and at the end (means of fifty steps, MiB), the growth between the two in
-per cent, and open files at both places. Exit code 1 where memory grew by 5 % or more, or a file stayed open. Linux only.
+Prints one object: memory after a hundred steps and at the end (means of fifty steps, MiB), the growth between the two
+in per cent, and open files at both places. Exit code 1 where memory grew by 5 % or more, or a file stayed open. Linux
+only.
 """
 
 import argparse
