@@ -69,6 +69,7 @@ class PolicyWithValue(nn.Module):
         self.value_model = value_model
         self.temperature = temperature
         self.differentiable_entropy = differentiable_entropy
+        self._no_split_modules = getattr(language_model, "_no_split_modules", None)  # the blocks that FSDP2 shards
         self.value_head: nn.Linear | None = None
         if value_model is None:
             embeddings = language_model.get_output_embeddings().weight

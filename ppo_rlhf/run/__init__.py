@@ -11,7 +11,14 @@ from ppo_rlhf.run.folder import (
     strict_json,
     write_config,
 )
-from ppo_rlhf.run.processes import end_processes, gathered, is_main_process, make_accelerator, share_of
+from ppo_rlhf.run.processes import (
+    end_processes,
+    gathered,
+    is_main_process,
+    make_accelerator,
+    share_of,
+    whole_weights,
+)
 from ppo_rlhf.run.start import Start, begin
 
 __all__ = [
@@ -30,6 +37,7 @@ __all__ = [
     "refuse_changes",
     "share_of",
     "strict_json",
+    "whole_weights",
     "write_config",
     "write_text",
 ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +14,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import LoggerType, gather_object
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from ppo_rlhf.errors import UserError, did_you_mean
 
@@ -62,6 +65,33 @@ def keep_freed_memory() -> None:
     if hasattr(library, "mallopt"):  # not every C library has it
         for parameter, limit in MALLOPT_LIMITS.items():
             library.mallopt(parameter, limit)
+
+
+@contextmanager
+def whole_weights(module: nn.Module) -> Iterator[None]:
+    """Gathers the weights of a sharded module (FSDP2) on every process for a while; of any other does nothing.
+
+    For what calls a part of it, or not equally often on all processes, or saves it on one: sampling, evaluation and
+    saving. All processes enter and leave together.
+    """
+    sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    if not sharded:
+        yield
+        return
+    sharded[0]._get_fsdp_state()._lazy_init()  # or the first block that is called would take itself for the root
+    # FSDP2's hooks shard the weights again before a state_dict, so that nothing could be saved whole.
+    hooks = {part: part._state_dict_pre_hooks.copy() for part in module.modules() if part._state_dict_pre_hooks}
+    for part in hooks:
+        part._state_dict_pre_hooks.clear()
+    for part in sharded:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    yield
+    for part in sharded:
+        part.set_reshard_after_forward(True, recurse=False)
+        part.reshard()
+    for part, its_hooks in hooks.items():
+        part._state_dict_pre_hooks.update(its_hooks)
 
 
 def end_processes() -> None:

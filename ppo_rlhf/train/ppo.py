@@ -27,7 +27,7 @@ from ppo_rlhf.data import stream
 from ppo_rlhf.optimizer import learning_rate, make_optimizer, set_learning_rate
 from ppo_rlhf.rewards import RewardFunction, score
 from ppo_rlhf.rollout import Rollout, evaluate
-from ppo_rlhf.run import LoopState, Run, begin, share_of
+from ppo_rlhf.run import LoopState, Run, begin, share_of, whole_weights
 from ppo_rlhf.sampling import sample, warn_of_truncation
 from ppo_rlhf.seeding import keyed_generator, uniform_rows
 from ppo_rlhf.train import Callback
@@ -90,7 +90,8 @@ def train(
                 callback(state.step, metrics)
             run.stop_if_asked(state)
 
-        run.save_model("policy", lambda path: parts.save_policy(path, config))
+        with whole_weights(model):
+            run.save_model("policy", lambda path: parts.save_policy(path, config))
         return run.finish(summary_of(state.before, state.after))
 
 
@@ -111,7 +112,8 @@ def ppo_step(
     prompts = parts.prompts.batch(rows, accelerator.device)
     noise = uniform_rows(list(range(size))[mine], config.sampling.max_new_tokens, config.seed, "sample", step)
     with accelerator.autocast():
-        responses = sample(parts.model.language_model, parts.tokenizer, prompts, config.sampling, noise)
+        with whole_weights(model):
+            responses = sample(parts.model.language_model, parts.tokenizer, prompts, config.sampling, noise)
         clock.lap("sample")
         rollout = evaluate(
             model,
@@ -208,7 +210,8 @@ def evaluate_and_save(
         state = replace(state, after=outcome.metrics)
         if outcome.quality > state.best:
             state = replace(state, best=outcome.quality)
-            run.save_model("best", lambda path: parts.save_policy(path, config))
+            with whole_weights(parts.model):
+                run.save_model("best", lambda path: parts.save_policy(path, config))
     run.log(state.step, metrics)
     if last or (config.save_every and state.step % config.save_every == 0):
         run.save_checkpoint(state)

@@ -16,7 +16,7 @@ from ppo_rlhf.models import evaluating
 from ppo_rlhf.policy import response_logprobs
 from ppo_rlhf.rewards import RewardFunction, score
 from ppo_rlhf.rollout import inputs_of
-from ppo_rlhf.run import gathered, share_of
+from ppo_rlhf.run import gathered, share_of, whole_weights
 from ppo_rlhf.sampling import sample
 from ppo_rlhf.seeding import uniform_rows
 from ppo_rlhf.train.ppo_parts import Parts
@@ -44,7 +44,7 @@ def evaluate_held_out(
     """
     numbers = range(len(parts.eval_prompts))[share_of(len(parts.eval_prompts), accelerator)]
     rows: list[dict[str, Any]] = []
-    with accelerator.autocast(), evaluating(parts.model):
+    with accelerator.autocast(), evaluating(parts.model), whole_weights(parts.model):
         for start in range(0, len(numbers), config.sampling.batch_size):
             batch = list(numbers[start : start + config.sampling.batch_size])
             rows += _evaluate_batch(batch, parts, config, accelerator, must_be_finite)

@@ -170,6 +170,7 @@ class ComparisonModule(nn.Module):
         """policy: lends its output embeddings, tied to the trunk's input embeddings where its own are."""
         super().__init__()
         self.network = network
+        self._no_split_modules = network.classifier._no_split_modules  # the blocks that FSDP2 shards
         self.language_head: Any = None
         if policy is not None:
             self.language_head = copy.deepcopy(policy.get_output_embeddings())

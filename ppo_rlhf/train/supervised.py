@@ -17,7 +17,7 @@ from ppo_rlhf.config import SupervisedConfig
 from ppo_rlhf.data import stream
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.optimizer import OptimizerSettings, learning_rate, make_optimizer, set_learning_rate
-from ppo_rlhf.run import LoopState, Run, share_of
+from ppo_rlhf.run import LoopState, Run, share_of, whole_weights
 from ppo_rlhf.seeding import permutation
 from ppo_rlhf.train import Callback
 
@@ -80,7 +80,8 @@ def fit(
     wrapped, optimizer = accelerator.prepare(module, optimizer)
     state = run.resume()
     if state is None:
-        before = task.evaluate()
+        with whole_weights(wrapped):
+            before = task.evaluate()
         state = LoopState(before=before.metrics)
         run.log(0, before.metrics)
         run.log_held_out(0, before.samples)
@@ -96,13 +97,15 @@ def fit(
         last = state.step == num_steps
         metrics |= {"lr": learning_rate(optimizer_settings, state.step - 1, num_steps)}
         if last or (config.eval_every and state.step % config.eval_every == 0):
-            held_out = task.evaluate()
+            with whole_weights(wrapped):
+                held_out = task.evaluate()
             metrics |= held_out.metrics
             run.log_held_out(state.step, held_out.samples)
             quality = task.quality(held_out.metrics)
             if quality > state.best or not config.keep_best or not state.after:
                 state = replace(state, best=quality, after=held_out.metrics)
-                run.save_model("best", task.save)
+                with whole_weights(wrapped):
+                    run.save_model("best", task.save)
         run.log(state.step, metrics)
         if last or (config.save_every and state.step % config.save_every == 0):
             run.save_checkpoint(state)

@@ -138,7 +138,7 @@ def saved_step(folder):
 def outcome(stage, folder):
     """All that a run is judged by: weights, metrics and samples without what a clock decides, and the summary."""
     folder = Path(folder)
-    clocks = ("time/", "tokens_per_second", "steps_per_second")
+    clocks = (*tiny_runs.CLOCKED, "steps_per_second")
     summary = json.loads((folder / "summary.json").read_text())
     summary.pop("seconds")
     samples = folder / "samples.jsonl"
