@@ -18,7 +18,7 @@ from torch import nn
 from ppo_rlhf.core import Evaluation, Experience, exact_kl, whiten
 from ppo_rlhf.optimizer import OptimizerSettings, learning_rate, make_optimizer, set_learning_rate
 from ppo_rlhf.settings import PPOSettings
-from ppo_rlhf.update import measured_kl, ppo_update
+from ppo_rlhf.update import _gradient, _loss_gradient, _loss_settings, measured_kl, ppo_update
 
 NUM_ACTIONS = 3
 NO_CLIPPING = 1e9  # of the gradient's norm
@@ -509,6 +509,20 @@ def test_a_compiled_loss_takes_the_same_step():
     (eager, expected), (compiled_parameters, metrics) = outcomes
     assert metrics == pytest.approx(expected, rel=1e-6, abs=1e-9)
     assert_same_parameters(compiled_parameters, eager)
+
+
+def test_what_is_compiled_gives_the_gradient_of_the_loss():
+    """As Python, which nobody sees run once it is compiled."""
+    policy = TinyPolicy()
+    experience, wanted = rollout_of(TinyPolicy(1)), list(policy.parameters())
+    settings = _loss_settings(PPOSettings(), 0.0, None, torch.device("cpu"))
+    count = experience.mask.sum()
+    gradients, statistics = _loss_gradient(policy, wanted, experience, settings, count)
+    summed = _gradient(policy, list(experience.split(3)), settings, count, None)
+    for gradient, parameter in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad)
+    for name, value in statistics.items():
+        torch.testing.assert_close(value, summed[name])
 
 
 def test_a_loss_scaler_outlives_bad_gradients_and_lowers_its_scale(monkeypatch):

@@ -117,14 +117,6 @@ def _head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperatur
     return _divided(logits, temperature)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left · right, the product in the type of its factors."""
-    if total.dtype == right.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
-
-
 def _row_slices(num_rows: int, width: int, elements: int) -> list[slice]:
     """Slices of rows of about so many elements, and of HEAD_ROWS at least."""
     size = max(HEAD_ROWS, elements // max(1, width))

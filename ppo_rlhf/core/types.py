@@ -72,13 +72,7 @@ class Experience:
             yield self[start : start + size]
 
     def shuffled(self, size: int, generator: torch.Generator) -> Iterator[Experience]:
-        """Minibatches of `size` rows in a fresh random order; the generator lives on the CPU.
-
-        One minibatch of all rows is the experience as it stands: no order changes a sum.
-        """
-        if size >= len(self):
-            yield self
-            return
+        """Minibatches of `size` rows in a fresh random order; the generator lives on the CPU."""
         order = torch.randperm(len(self), generator=generator).to(self.mask.device)
         for rows in order.split(size):
             yield self[rows]
