@@ -46,15 +46,15 @@ def postgres(tmp_path_factory):
         shutil.chown(folder, ACCOUNT)
     port = free_port()
 
-    def call(program, *words):
-        subprocess.run([programs / program, *words], check=True, capture_output=True, user=ACCOUNT, cwd=folder)
+    def call(program, *words, check=True):
+        subprocess.run([programs / program, *words], check=check, capture_output=True, user=ACCOUNT, cwd=folder)
 
     cluster = folder / "cluster"
     call("initdb", "-D", cluster, "-U", "tester", "-A", "trust", "--no-sync", "-E", "UTF8")
     settings = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories={folder}"
     call("pg_ctl", "-D", cluster, "-w", "-l", folder / "log", "-o", settings, "start")
     yield f"postgresql://tester@127.0.0.1:{port}"
-    call("pg_ctl", "-D", cluster, "-m", "immediate", "stop")
+    call("pg_ctl", "-D", cluster, "-m", "immediate", "stop", check=False)  # it may be gone already
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
