@@ -22,7 +22,7 @@ from ppo_rlhf.run.checkpoints import checkpoints_in, is_whole, number_of
 
 STOPS = json.dumps(tiny_runs.STOPS).replace(" ", "")
 SAMPLING = f"--sampling.max_new_tokens 6 --sampling.stop_token_ids {STOPS}"
-COMMON = "--save_every 1 --eval_every 4 --eval_fraction 0.2 --log_with [] --seed 3"
+COMMON = "--save_every 1 --eval_every 4 --eval_fraction 0.2 --log_with [] --seed 3 --matmul_precision highest"
 
 
 @dataclass(frozen=True)
