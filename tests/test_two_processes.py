@@ -12,7 +12,7 @@ from ppo_rlhf.cli import main
 
 __all__ = ["data", "in_tmp_path", "models"]
 
-COMMON = "--log_with [] --eval_fraction 0.2 --save_every 2 --eval_every 2"
+COMMON = "--log_with [] --eval_fraction 0.2 --save_every 2 --eval_every 2 --matmul_precision highest"
 SAMPLING = f"--sampling.max_new_tokens 6 --sampling.stop_token_ids {json.dumps(STOPS).replace(' ', '')}"
 COMMANDS = {
     "sft": f"sft --policy {{gpt2}} --data {{demonstrations}} --batch_size 4 --num_epochs 0.75 {COMMON} "

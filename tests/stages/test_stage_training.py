@@ -11,7 +11,6 @@ import tiny_runs
 import torch
 from tiny_runs import STOPS, metrics_of, same_weights, without_times
 
-from ppo_rlhf import compute
 from ppo_rlhf.config import MissingEOS, PPOConfig, RewardConfig, SFTConfig
 from ppo_rlhf.models import load_policy
 from ppo_rlhf.report import outcome_lines, write_report
@@ -538,23 +537,3 @@ def test_frozen_models_hold_no_gradients_and_where_told_half_the_bytes(models, d
         assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in parts.model.parameters()} == {torch.float32}
     assert all(math.isfinite(row["objective/kl"]) for row in metrics_of("ppo")[1:])
-
-
-def test_a_resumed_run_multiplies_as_it_began(models, data, monkeypatch):
-    """Where another measurement would choose otherwise."""
-    used = []
-    monkeypatch.setattr(compute, "_quickest_exact", lambda: ("highest", "measured"))
-    monkeypatch.setattr(ppo, "use_products", lambda precision: used.append(precision) or precision)
-
-    def stop(step, metrics):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        ppo.train(ppo_config(models, data, save_every=1), callbacks=[stop])
-    assert used == []
-    monkeypatch.setattr(compute, "_quickest_exact", lambda: ("medium", "measured"))
-    try:
-        ppo.train(ppo_config(models, data, save_every=1, resume=True))
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert used == ["highest"]
