@@ -95,10 +95,12 @@ def test_two_processes_sample_and_score_the_same_rollout_as_one(runs):
     rows = metrics_of(one / "ppo")[1], metrics_of(two / "ppo")[1]
     for name in (
         "objective/score",
+        "objective/score_std",
         "objective/gold_score",
         "objective/kl",
         "objective/reward",
         "response/length",
+        "response/repetition",
         "response/stop_rate",
         "value/explained_variance",
         "kl_coef",

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,7 +150,9 @@ def test_the_other_columns_of_the_prompts_reach_the_reward_function(models, data
     ppo.train(ppo_config(models, data, num_steps=1), reward=reward, prompts=rows)
     expected = {row["prompt"]: row["bonus"] for row in rows}
     assert all(expected[prompt] == bonus for call in calls for prompt, bonus in call)
-    assert metrics_of("ppo")[1]["objective/score"] == sum(bonus for _, bonus in calls[1]) / 8
+    paid, row = [bonus for _, bonus in calls[1]], metrics_of("ppo")[1]
+    assert row["objective/score"] == sum(paid) / 8
+    assert row["objective/score_std"] == pytest.approx(statistics.pstdev(paid))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "pad_is_eos"])
