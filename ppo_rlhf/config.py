@@ -128,7 +128,8 @@ class RewardConfig(SupervisedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.normalization_prompts >= 2, "normalization_prompts must be at least 2.")
-        require(self.language_model_coef >= 0, f"language_model_coef={self.language_model_coef} must not be negative.")
+        coef = self.language_model_coef
+        require(0 <= coef < math.inf, f"language_model_coef={coef} must not be negative, and finite.")
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ class MissingEOS:
     """The score to set, or what to subtract."""
 
     def __post_init__(self) -> None:
+        require(math.isfinite(self.value), f"missing_eos.value={self.value} must be finite.")
         require(
             self.rule != "subtract" or self.value >= 0,
             f"missing_eos.value={self.value} would reward a missing eos: rule subtract takes the value off the score.",
@@ -203,7 +205,7 @@ class PPOConfig(RunConfig):
         for name in ("num_steps", "batch_size", "max_eval_prompts"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
         require(0 < self.eval_fraction < 1, f"eval_fraction={self.eval_fraction} must lie between 0 and 1.")
-        require(self.kl_coef >= 0, f"kl_coef={self.kl_coef} must not be negative.")
+        require(0 <= self.kl_coef < math.inf, f"kl_coef={self.kl_coef} must not be negative, and finite.")
         require(self.kl_target is None or self.kl_target > 0, f"kl_target={self.kl_target} must be above 0, or null.")
         require(
             self.kl_horizon >= self.batch_size,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -65,13 +66,13 @@ def load_tokenizer(source: str, *, setting: str, trust_remote_code: bool = False
 
 def load_classifier(source: str, *, setting: str) -> PreTrainedModel:
     """A sequence classifier with one output, in float32: a trained reward model, or a model with a new head."""
-    model = _load(AutoModelForSequenceClassification, source, setting, num_labels=1)
-    if model.config.num_labels != 1:
-        raise UserError(f"{setting}: {source} has {model.config.num_labels} outputs; a reward model has one.")
-    return use_quick_kernels(model)
+    shape = _load(AutoConfig, source, setting)
+    if shape.num_labels != 1 and any("SequenceClassification" in name for name in shape.architectures or []):
+        raise UserError(f"{setting}: {source} has {shape.num_labels} outputs; a reward model has one.")
+    return use_quick_kernels(_load(AutoModelForSequenceClassification, source, setting, num_labels=1))
 
 
-def _load(factory: Any, source: str, setting: str, **options: Any) -> PreTrainedModel:
+def _load(factory: Any, source: str, setting: str, **options: Any) -> Any:
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
     if looks_like_path and not Path(source).is_dir():
         raise UserError(f"{setting}: there is no folder {source}.")

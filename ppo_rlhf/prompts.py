@@ -34,14 +34,20 @@ class Prompts:
     """All prompts of a run, with their other columns for the reward function."""
 
     def __init__(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, *, longest: int, setting: str) -> None:
-        """Tokenises the column `prompt`. Raises UserError for a blank prompt or one of more than `longest` tokens."""
+        """Tokenises the column `prompt`. Raises UserError for a prompt that is blank, or nothing but special tokens, or
+        longer than `longest` tokens.
+        """
         self.texts = text_column(rows, "prompt", setting=setting)
         self.columns = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
         self.pad_id = int(tokenizer.pad_token_id)
         self.ids: list[list[int]] = tokenizer(self.texts)["input_ids"]
+        special = set(tokenizer.all_special_ids)
         for index, ids in enumerate(self.ids):
-            if not ids:
-                raise UserError(f"{setting}: the tokenizer finds no token in prompt {index}, {self.texts[index]!r}.")
+            if special.issuperset(ids):
+                raise UserError(
+                    f"{setting}: the tokenizer finds no token in prompt {index}, {self.texts[index]!r}, or special "
+                    "ones alone; give it some text, or remove the row."
+                )
             if len(ids) > longest:
                 raise UserError(
                     f"{setting}: prompt {index} has {len(ids)} tokens; {longest} fit beside the response in "

@@ -1,12 +1,10 @@
 """Two processes take the same steps as one; started as a user starts them, by torchrun."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import tiny_runs
-from tiny_runs import STOPS, data, in_tmp_path, jsonl, metrics_of, models, weights_of
+from tiny_runs import STOPS, data, in_tmp_path, jsonl, metrics_of, models, two_processes, weights_of
 
 from ppo_rlhf.cli import main
 
@@ -25,20 +23,6 @@ COMMANDS = {
 }
 
 
-def torchrun(words, cwd):
-    """`torchrun --standalone --nproc_per_node=2 -m ppo_rlhf …` on CPUs."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "ppo_rlhf"]
-    return subprocess.run(
-        [sys.executable, *launcher, *words],
-        cwd=cwd,
-        env=tiny_runs.environment(ACCELERATE_USE_CPU="true"),
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, models, data):
     """Each stage by one process and by two, from the same inputs; → the folder of each, and what two printed."""
@@ -50,7 +34,7 @@ def runs(tmp_path_factory, models, data):
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
             assert main([*words, "--output-dir", f"one/{stage}"]) == 0
-        printed[stage] = torchrun([*words, "--json", "--output-dir", f"two/{stage}"], folder)
+        printed[stage] = two_processes("-m", "ppo_rlhf", *words, "--json", "--output-dir", f"two/{stage}", cwd=folder)
         assert printed[stage].returncode == 0, printed[stage].stderr
     return folder / "one", folder / "two", printed
 
@@ -125,7 +109,7 @@ def test_two_processes_adapt_the_kl_coefficient_by_the_global_kl(runs):
 
 def test_a_batch_that_two_processes_cannot_share_is_refused(models, data, tmp_path):
     words = COMMANDS["sft"].format(**models, **data).replace("--batch_size 4", "--batch_size 5").split()
-    done = torchrun([*words, "--output-dir", "out"], tmp_path)
+    done = two_processes("-m", "ppo_rlhf", *words, "--output-dir", "out", cwd=tmp_path)
     assert done.returncode != 0
     assert "error: batch_size=5 does not divide between 2 processes." in done.stderr
     assert "exitcode  : 2" in done.stderr
@@ -151,7 +135,7 @@ def test_an_error_in_one_process_ends_the_run_of_both(rank, models, data, tmp_pa
     (tmp_path / "late.py").write_text(FAILS_LATE_IN_ONE_PROCESS.format(rank=rank))
     words = f"ppo --policy {models['gpt2']} --reward late.py:length --prompts {data['prompts']} --batch_size 8"
     words += f" --num_steps 4 --max_eval_prompts 4 {SAMPLING} --output-dir out"
-    done = torchrun(words.split(), tmp_path)  # which would run out of its time
+    done = two_processes("-m", "ppo_rlhf", *words.split(), cwd=tmp_path)  # which would run out of its time
     assert done.returncode != 0
     assert "error: reward function length raised RuntimeError: the judge is ill" in done.stderr
     assert [row["step"] for row in metrics_of(tmp_path / "out")] == [0, 1]
@@ -166,7 +150,7 @@ def test_a_pipeline_runs_in_two_processes(models, data, tmp_path):
         f"--reward.sampling.max_new_tokens 6 --ppo.prompts {data['prompts']} --ppo.num_steps 1 --ppo.batch_size 4 "
         "--ppo.max_eval_prompts 3 --ppo.sampling.max_new_tokens 6"
     )
-    done = torchrun(words.split(), tmp_path)
+    done = two_processes("-m", "ppo_rlhf", *words.split(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary.keys() >= {"sft", "reward", "ppo", "seconds"}

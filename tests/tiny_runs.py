@@ -137,10 +137,10 @@ def environment(**more):
     }
 
 
-def command(*words, cwd, timeout=120, **more):
-    """`python -m ppo_rlhf …` as a user types it."""
+def python(*words, cwd, timeout=120, **more):
+    """`python …` in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "ppo_rlhf", *map(str, words)],
+        [sys.executable, *map(str, words)],
         cwd=cwd,
         env=environment(**more),
         capture_output=True,
@@ -148,6 +148,17 @@ def command(*words, cwd, timeout=120, **more):
         timeout=timeout,
         check=False,
     )
+
+
+def command(*words, cwd, **more):
+    """`python -m ppo_rlhf …` as a user types it."""
+    return python("-m", "ppo_rlhf", *words, cwd=cwd, **more)
+
+
+def two_processes(*words, cwd):
+    """`torchrun --standalone --nproc_per_node=2 …` on CPUs."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return python(*launcher, *words, cwd=cwd, timeout=180, ACCELERATE_USE_CPU="true")
 
 
 def jsonl(path):

@@ -56,13 +56,13 @@ def score(
         answer = reward(prompts, responses, **columns)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"reward function {name} raised {type(error).__name__}: {error}") from error
     try:
         if isinstance(answer, str):  # "12" would be the scores 1 and 2
             raise TypeError("text")
         values = [float(value) for value in answer]
-    except (TypeError, ValueError) as error:
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(
             f"reward function {name} must return numbers, one a response; it returned {answer!r}."
         ) from error

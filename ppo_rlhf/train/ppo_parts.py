@@ -77,7 +77,11 @@ def load_parts(
         start = policy
         if config.reference is not None:
             trusted = config.trust_remote_code
-            start, _ = load_policy(config.reference, setting="reference", trust_remote_code=trusted)
+            start, its_tokenizer = load_policy(config.reference, setting="reference", trust_remote_code=trusted)
+            if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+                raise UserError(
+                    f"reference: {config.reference} has another vocabulary than the policy: no KL is between the two."
+                )
         reference = frozen_copy(start)
         loaded.append(reference)
     if reward is None:

@@ -148,11 +148,15 @@ def encode(
         completion_ids = [ids[1:] for ids in tokenizer([row["text"] for row in rows])["input_ids"]]
     else:
         raise UserError(f"data: demonstrations need `prompt` and `completion`, or `text`; found {', '.join(rows[0])}.")
+    special = set(tokenizer.all_special_ids if "completion" in rows[0] else [])  # a text may well begin with one
     demonstrations, num_cut = [], 0
     for index, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
         ids = [*prompt, *completion, tokenizer.eos_token_id]
-        if not prompt:  # nothing would predict the first token to learn
-            raise UserError(f"data: the tokenizer finds no token in the text or prompt of demonstration {index}.")
+        if special.issuperset(prompt):  # nothing, or nothing said, would predict the first token to learn
+            raise UserError(
+                f"data: the tokenizer finds no token in the text or prompt of demonstration {index}, or special ones "
+                "alone; give it some text, or remove the row."
+            )
         if len(prompt) >= longest or (len(ids) > longest and not cut):
             raise UserError(
                 f"data: demonstration {index} has {len(ids)} tokens ({len(prompt)} of them the prompt), but {longest} "
