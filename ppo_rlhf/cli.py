@@ -81,6 +81,12 @@ def _add_preferences(parser: ArgumentParser) -> None:
     parser.add_argument("--ties", choices=get_args(Ties), default="drop", help="left out, or exported in both orders")
 
 
+def _add_study(parser: ArgumentParser) -> None:
+    parser.add_argument("name", choices=["kl-estimators"], help="which one")
+    parser.add_argument("--output_dir", type=str, help="folder for its tables and pictures")
+    parser.add_argument("--seed", type=int, default=0)
+
+
 TOY_CONFIG = Path(__file__).parent / "toy" / "pipeline.yaml"
 COMMANDS = {
     "demo": Command(
@@ -101,6 +107,7 @@ COMMANDS = {
         "Comparisons out of the database, into it, and what they say.", add_arguments=_add_preferences
     ),
     "compare": Command("Two runs against each other, judged blind by people.", add_arguments=_add_compare),
+    "study": Command("An experiment: what the estimators of KL are worth.", add_arguments=_add_study),
 }
 COMMAND_LINE = CommandLine("ppo-rlhf", "PPO for language models: supervised fine-tuning, reward model, PPO.", COMMANDS)
 
@@ -342,4 +349,17 @@ def _file_of(given: Namespace) -> str:
     return str(given.file)
 
 
-OTHERS = {"report": _report, "label": _label, "preferences": _preferences, "compare": _compare}
+def _study(given: Namespace) -> Outcome:
+    """Runs a study; → its claims, and where its tables and pictures are."""
+    from ppo_rlhf.run import new_folder
+    from ppo_rlhf.study import kl_estimators
+
+    folder = new_folder(given.output_dir, f"study-{given.name}", resume=False)
+    results = kl_estimators.run(given.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [str(path) for path in kl_estimators.write(results, folder)]
+    lines = [*kl_estimators.lines_of(results), f"wrote {', '.join(files)}"]
+    return {"claims": [asdict(claim) for claim in results.claims], "files": files}, lines
+
+
+OTHERS = {"report": _report, "label": _label, "preferences": _preferences, "compare": _compare, "study": _study}

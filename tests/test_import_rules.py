@@ -65,6 +65,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "train": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW),
     "candidates": ({"torch"}, EVERYTHING_BELOW),
     "pipeline": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
+    "study": ({"torch", "matplotlib"}, {"core"}),
     "report": ({"jinja2", "matplotlib"}, ERRORS),
     "doctor": ({"rich", "yaml"}, ERRORS),
     "label": ({"jinja2", "markdown_it", "markupsafe", "starlette", "uvicorn"}, ERRORS | {"preferences"}),
@@ -73,7 +74,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"jsonargparse", "rich"},
         LIGHT
         | {"arguments", "candidates", "config", "data", "doctor", "label", "pipeline", "preferences", "report"}
-        | {"run", "train"},
+        | {"run", "study", "train"},
     ),
 }
 
@@ -258,7 +259,10 @@ loaded = [name for name in {HEAVY!r} if name in sys.modules]
 assert not loaded, loaded
 """
 COMMANDS = {
-    "ppo_rlhf": ["demo", "sft", "reward", "ppo", "pipeline", "doctor", "report", "label", "preferences", "compare"],
+    "ppo_rlhf": [
+        *("demo", "sft", "reward", "ppo", "pipeline", "doctor", "report", "label", "preferences", "compare"),
+        "study",
+    ],
     "classic": ["train", "evaluate", "plot", "compare", "video", "export"],
 }
 
