@@ -6,12 +6,9 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-
-MatmulPrecision = Literal["auto", "highest", "high", "medium"]
 
 EXACT = 1e-6  # relative error up to which a product counts as float32's own
 WORTH_IT = 1.4  # how much quicker another way must be: a close call would make two runs of one seed differ
@@ -28,30 +25,27 @@ class Compute:
     message: str  # the choice and its reason in a line
 
 
-def set_up_products(precision: MatmulPrecision, device: torch.device, dtype: torch.dtype) -> Compute:
+def set_up_products(precision: str, device: torch.device, dtype: torch.dtype) -> Compute:
     """Chooses how float32 matrices are multiplied, for the whole process, and measures products of `dtype`.
 
     On a CPU `medium` goes through oneDNN, which is the quicker library on many machines, and on those without bf16
     matrix units as exact as the other. `auto` measures both against float64 and takes the quicker of those that are
-    exact; on a GPU, where everything but `highest` drops digits, it stays with that.
+    exact, all processes that of the first; on a GPU, where everything but `highest` drops digits, it stays with that.
     """
-    reason = "as set"
+    reason = "as told"
     if precision == "auto":
-        precision, reason = _quickest_exact() if device.type == "cpu" else ("highest", "exact on a GPU")
-    use_products(precision)
+        choice = [_quickest_exact() if device.type == "cpu" else ("highest", "exact on a GPU")]
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast_object_list(choice)
+        precision, reason = choice[0]
+    torch.set_float32_matmul_precision(precision)
     flops = _flops(device, dtype)
     name = str(dtype).removeprefix("torch.")
     message = f"matrix products: {precision} ({reason}), {flops / 1e9:,.0f} GFLOP/s in {name}"
     return Compute(precision, flops, message)
 
 
-def use_products(precision: str) -> str:
-    """Float32 matrices are multiplied so from now on, in the whole process. → precision."""
-    torch.set_float32_matmul_precision(precision)
-    return precision
-
-
-def _quickest_exact() -> tuple[Any, str]:
+def _quickest_exact() -> tuple[str, str]:
     """`highest` or `medium`, and why."""
     before = torch.get_float32_matmul_precision()
     left, right = _matrices(torch.device("cpu"), torch.float32)

@@ -11,6 +11,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ppo_rlhf.compute import set_up_products
 from ppo_rlhf.config import PipelineConfig
 from ppo_rlhf.data import load_rows, stream
 from ppo_rlhf.errors import UserError
@@ -21,6 +24,7 @@ from ppo_rlhf.run import (
     gathered,
     is_finished,
     make_accelerator,
+    matmul_precision_of,
     new_folder,
     read_config,
     refuse_changes,
@@ -150,6 +154,9 @@ def compare(config: PipelineConfig, folder: Path) -> None:
     settings, policy_folder = config.comparisons, str(folder / "sft" / "policy")
     assert settings.prompts is not None
     accelerator = make_accelerator(folder, precision=config.ppo.precision, log_with=())
+    # As the stage whose policy is asked, also where that was finished before this process began.
+    products = matmul_precision_of(folder / "sft", config.sft.matmul_precision, accelerator.device)
+    set_up_products(products, accelerator.device, torch.float32)
     policy, tokenizer = load_policy(policy_folder, setting="sft")
     policy.to(accelerator.device)
     longest = context_length(policy) - settings.sampling.max_new_tokens

@@ -12,7 +12,7 @@ from ppo_rlhf.cli import main
 
 __all__ = ["data", "in_tmp_path", "models"]
 
-COMMON = "--log_with [] --eval_fraction 0.2 --save_every 2 --eval_every 2"
+COMMON = "--log_with [] --eval_fraction 0.2 --save_every 2 --eval_every 2 --matmul_precision highest"
 SAMPLING = f"--sampling.max_new_tokens 6 --sampling.stop_token_ids {json.dumps(STOPS).replace(' ', '')}"
 COMMANDS = {
     "sft": f"sft --policy {{gpt2}} --data {{demonstrations}} --batch_size 4 --num_epochs 0.75 {COMMON} "
@@ -95,10 +95,12 @@ def test_two_processes_sample_and_score_the_same_rollout_as_one(runs):
     rows = metrics_of(one / "ppo")[1], metrics_of(two / "ppo")[1]
     for name in (
         "objective/score",
+        "objective/score_std",
         "objective/gold_score",
         "objective/kl",
         "objective/reward",
         "response/length",
+        "response/repetition",
         "response/stop_rate",
         "value/explained_variance",
         "kl_coef",

@@ -12,6 +12,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from ppo_rlhf import compute
+
 WORDS = ["red", "blue", "green", "fish", "bird", "stone", "river", "small", "bright", "old"]
 STOPS = tuple(range(2, 62))  # ids that end a response in many of these tests: an untrained model then stops by itself
 CONTEXT = 64
@@ -202,6 +204,10 @@ def data(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path, monkeypatch):
-    """Every test runs in an empty folder of its own, with the user's functions in user.py."""
+    """Every test runs in an empty folder of its own, with the user's functions in user.py; and all runs multiply alike.
+
+    matmul_precision=auto chooses by measurement, which may differ between two runs that are compared bit for bit.
+    """
+    monkeypatch.setattr(compute, "_quickest_exact", lambda: ("highest", "in tests"))
     (tmp_path / "user.py").write_text(USER_FUNCTIONS)
     monkeypatch.chdir(tmp_path)

@@ -31,7 +31,6 @@ class LoopState:
     before: dict[str, float] = field(default_factory=dict)  # the evaluation before the first step
     after: dict[str, float] = field(default_factory=dict)  # the evaluation of the best model so far
     best: float = -math.inf  # its quality, higher is better
-    matmul_precision: str = ""  # how float32 matrices are multiplied, where a run chose it by measurement
     tensors: dict[str, Tensor] = field(default_factory=dict)  # where a loop's environments stand
 
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_rlhf.compute import Compute, peak_memory_gib, set_up_products, use_products
+from ppo_rlhf.compute import Compute, peak_memory_gib, set_up_products
 from ppo_rlhf.config import MissingEOS, PPOConfig
 from ppo_rlhf.core import (
     Experience,
@@ -61,7 +61,7 @@ def train(
         return {"finished": config.output_dir}
     warn_of_truncation(config.sampling)
     accelerator = start.accelerator
-    compute = set_up_products(config.matmul_precision, accelerator.device, multiplied_type(accelerator))
+    compute = set_up_products(start.matmul_precision, accelerator.device, multiplied_type(accelerator))
     parts = load_parts(config, accelerator, policy, tokenizer, reference, reward, gold, prompts)
     # Before the folder is made: a reward function that fails leaves nothing behind.
     before = None if config.resume else evaluate_held_out(parts, config, accelerator)
@@ -70,11 +70,9 @@ def train(
         state = run.resume()
         if state is None:
             before = before or evaluate_held_out(parts, config, accelerator)
-            state = LoopState(kl_coef=config.kl_coef, before=before.metrics, matmul_precision=compute.precision)
+            state = LoopState(kl_coef=config.kl_coef, before=before.metrics)
             run.log(0, before.metrics)
             run.log_held_out(0, before.rows)
-        elif state.matmul_precision not in ("", compute.precision):  # measured otherwise: go on as the run began
-            compute = replace(compute, precision=use_products(state.matmul_precision))
         run.progress.tell(compute.message)
 
         while state.step < config.num_steps:

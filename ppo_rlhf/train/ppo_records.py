@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_rlhf.compute import Compute, num_multiplied
 from ppo_rlhf.config import PPOConfig
-from ppo_rlhf.core import Experience, explained_variance, masked_sum
+from ppo_rlhf.core import Experience, explained_variance, masked_moments, masked_sum
 from ppo_rlhf.models import has_plain_head
 from ppo_rlhf.packing import can_pack
 from ppo_rlhf.policy import PolicyWithValue, ResponseTokens
@@ -51,7 +51,10 @@ def rollout_metrics(
     responses: Responses,
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """Means over the global batch: of responses for `objective/…` and `response/…`, in nats and tokens a response."""
+    """Means over the global batch: of responses for `objective/…` and `response/…`, in nats and tokens a response.
+
+    `objective/score_std` is the scores' standard deviation.
+    """
     mask, device = rollout.mask, accelerator.device
     log_ratio = torch.where(mask, rollout.logprobs - rollout.ref_logprobs, 0)
     sums = {
@@ -60,6 +63,7 @@ def rollout_metrics(
         "objective/reward": masked_sum(rewards, mask),
         "response/length": mask.sum(),
         "response/stop_rate": responses.finished.sum(),
+        "response/repetition": repetition(responses.ids, mask).sum(),
     }
     if gold is not None:
         sums["objective/gold_score"] = gold.sum()
@@ -67,11 +71,27 @@ def rollout_metrics(
     *totals, responses_total = accelerator.reduce(
         torch.stack([value.to(device, torch.float64) for value in [*sums.values(), count]])
     ).tolist()
+    scored = torch.ones_like(scores, dtype=torch.bool)
+    _, score_variance, _ = masked_moments(scores.double(), scored, sum_across=accelerator.reduce)
     explained = explained_variance(experience.values, experience.returns, mask, sum_across=accelerator.reduce)
     return {
         **{name: total / responses_total for name, total in zip(sums, totals, strict=True)},
+        "objective/score_std": float(score_variance.sqrt()),
         "value/explained_variance": float(explained),
     }
+
+
+def repetition(ids: Tensor, mask: Tensor) -> Tensor:
+    """Of each response the share of its pairs of neighbouring tokens that it had before. ids, mask (B, T) → (B,).
+
+    0 for a response without a pair. Rises towards 1 as a response goes round in circles.
+    """
+    paired = mask[:, 1:] & mask[:, :-1]
+    numbers = ids[:, :-1] * 2**32 + ids[:, 1:]  # one for each pair
+    alone = -1 - torch.arange(paired.shape[1], device=ids.device)  # equal to no other
+    ordered = torch.where(paired, numbers, alone).sort(dim=1).values
+    repeated = (ordered[:, 1:] == ordered[:, :-1]).sum(1)
+    return repeated / paired.sum(1).clamp(min=1)
 
 
 def throughput_metrics(

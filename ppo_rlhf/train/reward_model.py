@@ -76,7 +76,7 @@ def train(
     if start is None:
         return {"finished": config.output_dir}
     accelerator = start.accelerator
-    set_up_products(config.matmul_precision, accelerator.device, torch.float32)
+    set_up_products(start.matmul_precision, accelerator.device, torch.float32)
     parts = load_parts(config, accelerator, policy, tokenizer, data, gold)
     num_steps = num_steps_of(config, len(parts.training), accelerator)
 

@@ -54,7 +54,7 @@ def train(
     if start is None:
         return {"finished": config.output_dir}
     accelerator = start.accelerator
-    set_up_products(config.matmul_precision, accelerator.device, torch.float32)
+    set_up_products(start.matmul_precision, accelerator.device, torch.float32)
     policy, tokenizer = policy_with_tokenizer(config, policy, tokenizer, what="the language model to start from")
     rows, eval_rows = training_and_held_out(
         config, data, required=(), what="demonstrations with `prompt` and `completion`, or `text`"

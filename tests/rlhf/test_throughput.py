@@ -32,7 +32,7 @@ def test_a_set_precision_is_taken_without_a_choice(precision, monkeypatch):
     monkeypatch.setattr(compute, "_quickest_exact", lambda: pytest.fail("measured"))
     found = set_up_products(precision, CPU, torch.float32)
     assert found.precision == precision == torch.get_float32_matmul_precision()
-    assert "as set" in found.message
+    assert "as told" in found.message
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(0.5, "medium"), (0.8, "highest"), (1.5, "highest")])
