@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from ppo_rlhf.core import Experience, ppo_loss, whiten
-from ppo_rlhf.core.losses import kl_old_new
+from ppo_rlhf.core import Evaluation, Experience, ppo_loss, whiten
+from ppo_rlhf.core.losses import STATISTICS, kl_old_new
 from ppo_rlhf.core.masked import SumAcross, identity
 from ppo_rlhf.micro_batches import MicroBatch, average_gradients, local_gradients
 from ppo_rlhf.settings import PPOSettings
@@ -181,11 +181,32 @@ def _gradient(
     pieces = list(minibatch.split(micro_batch_size))
     for index, piece in enumerate(pieces):
         last = index == len(pieces) - 1
+        statistics: dict[str, Tensor] = {}
         with contextlib.nullcontext() if accelerator is None else local_gradients(policy, accelerator, last=last):
-            loss, statistics = ppo_loss(policy(**piece.inputs), piece, **loss_settings, count=count)
-            loss.backward() if accelerator is None else accelerator.backward(loss)
+            for evaluation, measured in _evaluations(policy, piece, accelerator):
+                loss, found = ppo_loss(evaluation, piece, **loss_settings, count=count)
+                loss.backward() if accelerator is None else accelerator.backward(loss)
+                statistics |= {name: found[name] for name in measured}
         totals = _summed(totals, statistics)
     return totals
+
+
+def _evaluations(
+    policy: nn.Module, piece: Experience, accelerator: Accelerator | None
+) -> Iterator[tuple[Evaluation, Sequence[str]]]:
+    """What the policy says of a micro-batch, and the statistics that can be taken from it.
+
+    Where its decisions and values come from models apart they come in turn, each with the other as it was in the
+    rollout, which adds a constant to the loss: the gradient is the same, and memory holds the activations of one model.
+    """
+    module: Any = policy if accelerator is None else accelerator.unwrap_model(policy)
+    if not getattr(module, "evaluates_in_turn", False):
+        yield policy(**piece.inputs), STATISTICS
+        return
+    decisions = policy(**piece.inputs, only="decisions")
+    yield decisions._replace(values=piece.values), [name for name in STATISTICS if name != "loss/value"]
+    values = policy(**piece.inputs, only="values").values
+    yield Evaluation(piece.logprobs, decisions.entropy.detach(), values), ["loss/value"]
 
 
 def _compiled_gradient(
