@@ -25,6 +25,7 @@ LANGUAGE = LIGHT | {"core", "models", "packing", "data", "references", "preferen
 EVERYTHING_BELOW = LANGUAGE | {
     "compute",
     "config",
+    "micro_batches",
     "optimizer",
     "policy",
     "prompts",
@@ -47,7 +48,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "core": ({"torch"}, set()),
     "seeding": ({"torch"}, set()),
     "optimizer": ({"torch"}, LIGHT),
-    "update": ({"torch", "accelerate"}, LIGHT | {"core"}),
+    "micro_batches": ({"torch", "accelerate"}, ERRORS),
+    "update": ({"torch", "accelerate"}, LIGHT | {"core", "micro_batches"}),
     "run": ({"torch", "accelerate", "safetensors", "yaml", "rich"}, ERRORS | {"core"}),
     "data": ({"torch", "datasets"}, ERRORS | {"preferences", "references", "seeding"}),
     "preferences": ({"sqlalchemy", "datasets"}, LIGHT),

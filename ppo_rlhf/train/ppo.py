@@ -113,14 +113,12 @@ def ppo_step(
         with whole_weights(model):
             responses = sample(parts.model.language_model, parts.tokenizer, prompts, config.sampling, noise)
         clock.lap("sample")
-        rollout = evaluate(
-            model,
-            parts.reference,
-            prompts,
-            responses,
-            temperature=config.sampling.temperature,
-            batch_size=config.ppo.micro_batch_size or size,
-        )
+
+        def evaluated(batch_size: int) -> Rollout:
+            temperature = config.sampling.temperature
+            return evaluate(model, parts.reference, prompts, responses, temperature=temperature, batch_size=batch_size)
+
+        rollout = parts.micro_batch.fitting(evaluated, len(prompts))
         clock.lap("evaluate")
     columns = parts.prompts.columns_of(rows)
 
@@ -144,6 +142,7 @@ def ppo_step(
         config.ppo,
         accelerator=accelerator,
         generator=keyed_generator(config.seed, "shuffle", step, accelerator.process_index),
+        micro_batch=parts.micro_batch,
     )
     clock.lap("update")
 

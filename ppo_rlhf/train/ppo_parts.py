@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppo_rlhf.config import PPOConfig
 from ppo_rlhf.data import held_out, load_rows
 from ppo_rlhf.errors import UserError
+from ppo_rlhf.micro_batches import MicroBatch
 from ppo_rlhf.models import (
     context_length,
     disable_dropout,
@@ -41,6 +42,7 @@ class Parts:
     gold: RewardFunction | None
     prompts: Prompts
     eval_prompts: Prompts
+    micro_batch: MicroBatch  # of all passes whose memory grows with the rows
 
     def save_policy(self, path: Path, config: PPOConfig) -> None:
         """The policy as a folder that plain transformers loads and samples from as the run did."""
@@ -110,6 +112,7 @@ def load_parts(
         gold=gold,
         prompts=train_prompts,
         eval_prompts=eval_prompts,
+        micro_batch=MicroBatch(config.ppo.micro_batch_size, accelerator, setting="ppo.micro_batch_size"),
     )
 
 
