@@ -23,6 +23,10 @@ Outcome = tuple[dict[str, Any], list[str]]  # a summary for programs, and what t
 DATABASE = "sqlite:///preferences.db"
 
 
+def _add_ppo(parser: ArgumentParser) -> None:
+    parser.add_argument("--dry_run", action="store_true", help="show ten samples with their scores, and write nothing")
+
+
 def _add_run(parser: ArgumentParser) -> None:
     parser.add_argument("run", help="the run's folder")
 
@@ -96,7 +100,7 @@ COMMANDS = {
     ),
     "sft": Command("Supervised fine-tuning: demonstrations → policy.", SFTConfig),
     "reward": Command("Reward modelling: comparisons → reward model.", RewardConfig),
-    "ppo": Command("PPO: prompts and a reward → tuned policy.", PPOConfig),
+    "ppo": Command("PPO: prompts and a reward → tuned policy.", PPOConfig, add_arguments=_add_ppo),
     "pipeline": Command("The three stages in order.", PipelineConfig),
     "doctor": Command(
         "Look for what is wrong with a run; exit code 1 where something was found.", add_arguments=_add_doctor
@@ -126,6 +130,9 @@ def _execute(command: str, given: Namespace) -> int | None:
     settings = COMMANDS[command].settings
     if command == "doctor":
         return _diagnose(given)
+    if given.get("dry_run"):
+        _show_samples(settings_in(given, PPOConfig), given)
+        return None
     if settings is not None:
         summary, lines = _train(command, settings_in(given, settings))
     else:
@@ -152,6 +159,26 @@ def _diagnose(given: Namespace) -> int:
     elif not given.watch or not findings:
         doctor.show(findings, console)
     return 1 if findings else 0
+
+
+def _show_samples(config: PPOConfig, given: Namespace) -> None:
+    """A table of samples, their scores and the parts of these."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from ppo_rlhf.train.dry_run import dry_run
+
+    rows = dry_run(config)
+    if given.json:
+        print(json.dumps({"samples": rows}))
+        return
+    parts = list(rows[0]["parts"])
+    table = Table("prompt", "response", *parts, *(name for name in ("score", "gold_score") if name in rows[0]))
+    for row in rows:
+        numbers = [*row["parts"].values(), row["score"], *([row["gold_score"]] if "gold_score" in row else [])]
+        table.add_row(Text(row["prompt"]), Text(row["response"]), *(f"{number:.3f}" for number in numbers))
+    Console(highlight=False, markup=False).print(table)
 
 
 def _train(command: str, config: Any) -> Outcome:

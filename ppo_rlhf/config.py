@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ppo_rlhf.reward_settings import RewardSource, ScoreShaping
 from ppo_rlhf.settings import OptimizerSettings, PPOSettings, SamplingSettings, Ties, require
 
 
@@ -155,8 +156,11 @@ class PPOConfig(RunConfig):
     """The supervised policy to start from: a folder, a Hub name, or module:function."""
     reference: str | None = None
     """The frozen policy that KL is measured to; null: the policy as it starts."""
-    reward: str | None = None
-    """A reward model's folder, or module:function called as function(prompts, responses, **columns) -> scores."""
+    reward: RewardSource | None = None
+    """A reward model's folder, module:function called as function(prompts, responses, **columns) -> scores, or the URL
+    of an HTTP scorer; or several of them, as a list of parts with weights (docs/rewards.md)."""
+    score_shaping: ScoreShaping = field(default_factory=ScoreShaping)
+    """What becomes of a score before it is paid."""
     gold: str | None = None
     """module:function of a true reward, or of a judge: logged, never trained on."""
     prompts: str | None = None

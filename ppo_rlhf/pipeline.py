@@ -121,11 +121,13 @@ def filled_in(config: PipelineConfig, folder: Path) -> PipelineConfig:
     )
 
 
-def check_references(settings: dict[str, Any]) -> None:
+def check_references(settings: dict[Any, Any]) -> None:
     """Raises UserError for a Python object named anywhere in the configuration that cannot be found."""
     for value in settings.values():
         if isinstance(value, dict):
             check_references(value)
+        elif isinstance(value, tuple):
+            check_references(dict(enumerate(value)))
         elif isinstance(value, str) and is_reference(value):
             load_object(value)
 

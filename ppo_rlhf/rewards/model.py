@@ -55,21 +55,38 @@ class RewardModel:
     """
 
     def __init__(
-        self, classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 64
+        self,
+        classifier: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int = 64,
+        chat_template: bool = False,
     ) -> None:
-        """batch_size: texts scored together, for memory alone."""
+        """batch_size: texts scored together, for memory alone. chat_template: prompt and response are put as a user's
+        and an assistant's message into the tokenizer's template, for models that were trained so.
+
+        Raises UserError where the tokenizer has no template.
+        """
+        if chat_template and tokenizer.chat_template is None:
+            raise UserError("the reward model's tokenizer has no chat template; leave out chat_template.")
         self.network = ScoringNetwork(classifier)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
+        self.chat_template = chat_template
         self.__name__ = "reward_model"
 
     @classmethod
-    def load(cls, source: str | Path, *, setting: str, device: torch.device | str = "cpu") -> RewardModel:
-        """A saved reward model, or a language model with a new head. Raises UserError when it cannot be loaded."""
+    def load(
+        cls, source: str | Path, *, setting: str, device: torch.device | str = "cpu", **arguments: Any
+    ) -> RewardModel:
+        """A saved reward model, or a language model with a new head; arguments: batch_size, chat_template.
+
+        Raises UserError when it cannot be loaded.
+        """
         classifier = load_classifier(str(source), setting=setting)
         tokenizer = load_tokenizer(str(source), setting=setting)
         classifier.to(torch.device(device))  # type: ignore[arg-type]
-        return cls(classifier, tokenizer_with_pad(classifier, tokenizer, setting=setting))
+        return cls(classifier, tokenizer_with_pad(classifier, tokenizer, setting=setting), **arguments)
 
     def save(self, folder: Path) -> None:
         """A folder that transformers loads as a sequence classifier, and `load` with its normalisation."""
@@ -105,8 +122,11 @@ class RewardModel:
         """Token ids of prompt + response + eos, the two encoded apart so that their border is always a token border.
 
         What does not fit in the context is cut from the prompt's beginning. Raises UserError for a response that alone
-        does not fit.
+        does not fit. With a chat template it is the template that says what stands around and between the two, and the
+        whole is cut at its beginning.
         """
+        if self.chat_template:
+            return self._encode_chats(prompts, responses)
         prompt_ids = self.tokenizer(list(prompts))["input_ids"]
         response_ids = self.tokenizer(list(responses), add_special_tokens=False)["input_ids"]
         longest = context_length(self.classifier)
@@ -117,6 +137,14 @@ class RewardModel:
                 raise UserError(f"a response of {len(response)} tokens does not fit the reward model's {longest}.")
             encoded.append([*prompt[max(0, len(prompt) - room) :], *response, int(self.tokenizer.eos_token_id)])
         return encoded
+
+    def _encode_chats(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
+        chats = [
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        encoded: Any = self.tokenizer.apply_chat_template(chats, return_dict=True)
+        return [ids[-context_length(self.classifier) :] for ids in encoded["input_ids"]]
 
     def fits(self, responses: Sequence[str]) -> bool:
         """Whether each response fits in the context with its eos; prompts are cut to what room is left."""

@@ -11,9 +11,10 @@ from ppo_rlhf.config import PPOConfig, RewardConfig, SFTConfig
 from ppo_rlhf.data import held_out, load_rows
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.models import load_policy, tokenizer_with_pad
+from ppo_rlhf.reward_settings import RewardSource
 
 
-def named(value: str | None, name: str, what: str) -> str:
+def named(value: RewardSource | None, name: str, what: str) -> Any:
     """The value of a setting that must be set. Raises UserError, which says what it is, where it is not."""
     if value is None:
         raise UserError(f"{name} is not set: {what}.")

@@ -25,7 +25,7 @@ from ppo_rlhf.core import (
 )
 from ppo_rlhf.data import stream
 from ppo_rlhf.optimizer import learning_rate, make_optimizer, set_learning_rate
-from ppo_rlhf.rewards import RewardFunction, score
+from ppo_rlhf.rewards import RewardFunction, Scores, reference_moments, shaped, with_batch
 from ppo_rlhf.rollout import Rollout, evaluate
 from ppo_rlhf.run import LoopState, Run, begin, share_of, whole_weights
 from ppo_rlhf.sampling import sample, warn_of_truncation
@@ -35,6 +35,7 @@ from ppo_rlhf.train.bad_samples import bad_samples
 from ppo_rlhf.train.ppo_evaluation import evaluate_held_out, summary_of
 from ppo_rlhf.train.ppo_parts import Parts, load_parts
 from ppo_rlhf.train.ppo_records import Clock, multiplied_type, rollout_metrics, sample_rows, throughput_metrics
+from ppo_rlhf.train.scoring import scores_of
 from ppo_rlhf.update import ppo_update
 
 
@@ -71,6 +72,8 @@ def train(
         if state is None:
             before = before or evaluate_held_out(parts, config, accelerator)
             state = LoopState(kl_coef=config.kl_coef, before=before.metrics)
+            if config.score_shaping.normalize == "reference":
+                state = replace(state, score_moments=reference_moments(before.metrics, len(before.rows)))
             run.log(0, before.metrics)
             run.log_held_out(0, before.rows)
         run.progress.tell(compute.message)
@@ -78,7 +81,7 @@ def train(
         while state.step < config.num_steps:
             clock = Clock()
             set_learning_rate(optimizer, learning_rate(config.optimizer, state.step, config.num_steps))
-            metrics, samples, bad = ppo_step(state, model, optimizer, parts, config, accelerator, clock, compute)
+            state, metrics, samples, bad = ppo_step(state, model, optimizer, parts, config, accelerator, clock, compute)
             run.log_samples(samples)
             run.log_bad_samples(bad)
             kl_coef = next_kl_coef(state.kl_coef, metrics["objective/kl"], config)
@@ -102,8 +105,10 @@ def ppo_step(
     accelerator: Accelerator,
     clock: Clock,
     compute: Compute,
-) -> tuple[dict[str, float], list[dict[str, Any]], list[dict[str, Any]]]:
-    """One rollout and its update; → the step's metrics, rows for samples.jsonl, and those that spoilt the update."""
+) -> tuple[LoopState, dict[str, float], list[dict[str, Any]], list[dict[str, Any]]]:
+    """One rollout and its update; → the state with what was learnt of the scores, the step's metrics, rows for
+    samples.jsonl, and those that spoilt the update.
+    """
     step, size = state.step, config.batch_size
     mine = share_of(size, accelerator)
     rows = stream(len(parts.prompts), step * size, (step + 1) * size, config.seed)[mine].tolist()
@@ -122,18 +127,21 @@ def ppo_step(
         clock.lap("evaluate")
     columns = parts.prompts.columns_of(rows)
 
-    def scored(reward: RewardFunction) -> Tensor:
+    def scored(reward: RewardFunction) -> Scores:
         # One that is not finite makes all advantages NaN, and all of the update's steps are skipped.
-        found = score(reward, prompts.texts, responses.texts, columns, must_be_finite=False)
-        return found.total.to(accelerator.device)
+        return scores_of(reward, prompts, responses, columns, parts.tokenizer, must_be_finite=False)
 
     scores = scored(parts.reward)
     gold = scored(parts.gold) if parts.gold is not None else None
     clock.lap("score")
 
     kl = approx_kl(rollout.logprobs, rollout.ref_logprobs, "k1")  # unbiased in the reward, where no gradient flows
-    paid = missing_eos_rule(scores, responses.finished, config.missing_eos)
-    rewards = kl_shaped_rewards(paid, kl, rollout.mask, kl_coef=state.kl_coef)
+    if config.score_shaping.normalize == "running":
+        moments = with_batch(state.score_moments, scores.total, sum_across=accelerator.reduce)
+        state = replace(state, score_moments=moments)
+    paid = shaped(scores, rollout.mask.sum(1), config.score_shaping, state.score_moments)
+    total = missing_eos_rule(paid.total, responses.finished, config.missing_eos)
+    rewards = kl_shaped_rewards(total, kl, rollout.mask, kl_coef=state.kl_coef, dense=paid.dense)
     experience = experience_of(rollout, rewards, config, accelerator)
     statistics = ppo_update(
         model,
@@ -151,9 +159,11 @@ def ppo_step(
     metrics |= throughput_metrics(rollout, metrics, parts.model, parts.reference, config, compute)
     metrics["memory/peak_gib"] = peak_memory_gib(accelerator.device)
     metrics |= {"kl_coef": state.kl_coef, "lr": optimizer.param_groups[0]["lr"], "episodes": (step + 1) * size}
-    samples = sample_rows(step + 1, prompts, responses, scores, rollout, rewards, experience, parts.tokenizer)
-    bad = bad_samples(step + 1, prompts, responses, scores, rollout, experience) if metrics["skipped_steps"] else []
-    return metrics, samples, bad
+    samples = sample_rows(step + 1, prompts, responses, scores.total, rollout, rewards, experience, parts.tokenizer)
+    bad = []
+    if metrics["skipped_steps"]:
+        bad = bad_samples(step + 1, prompts, responses, scores.total, rollout, experience)
+    return state, metrics, samples, bad
 
 
 def experience_of(rollout: Rollout, rewards: Tensor, config: PPOConfig, accelerator: Accelerator) -> Experience:
@@ -201,7 +211,7 @@ def evaluate_and_save(
     """The end of a step: evaluation where one is due, the best policy kept, metrics logged, a checkpoint where due."""
     last = state.step == config.num_steps
     if last or (config.eval_every and state.step % config.eval_every == 0):
-        outcome = evaluate_held_out(parts, config, run.accelerator, must_be_finite=False)
+        outcome = evaluate_held_out(parts, config, run.accelerator, moments=state.score_moments, must_be_finite=False)
         metrics |= outcome.metrics
         run.log_held_out(state.step, outcome.rows)
         state = replace(state, after=outcome.metrics)

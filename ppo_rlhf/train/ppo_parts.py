@@ -26,7 +26,7 @@ from ppo_rlhf.models import (
 )
 from ppo_rlhf.policy import PolicyWithValue, TokenValues
 from ppo_rlhf.prompts import Prompts
-from ppo_rlhf.rewards import RewardFunction, RewardModel, load_reward
+from ppo_rlhf.rewards import RewardFunction, RewardModel, load_reward, models_in
 from ppo_rlhf.sampling import stop_ids_of
 from ppo_rlhf.train.inputs import named, policy_with_tokenizer
 
@@ -85,10 +85,10 @@ def load_parts(
     if reward is None:
         source = named(config.reward, "reward", "a reward model's folder, or module:function")
         reward = load_reward(source, setting="reward", device=accelerator.device)
-        loaded += [reward.network] if isinstance(reward, RewardModel) else []
+        loaded += [model.network for model in models_in(reward)]
     if gold is None and config.gold is not None:
         gold = load_reward(config.gold, setting="gold", device=accelerator.device)
-        loaded += [gold.network] if isinstance(gold, RewardModel) else []
+        loaded += [model.network for model in models_in(gold)]
     longest = context_length(policy) - config.sampling.max_new_tokens
     train_prompts, eval_prompts = load_prompts(config, tokenizer, prompts, longest)
     value_model = value_model_of(config, policy, tokenizer, reward)  # in float32, whatever the reward model becomes
