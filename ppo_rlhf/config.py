@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ppo_rlhf.settings import OptimizerSettings, PPOSettings, SamplingSettings, Ties, require
+from ppo_rlhf.settings import LoRASettings, OptimizerSettings, PPOSettings, SamplingSettings, Ties, require
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class RunConfig:
     """Accelerate's trackers: tensorboard, wandb, trackio, …"""
     trust_remote_code: bool = False
     """Let a model's own Python code run. Only for models whose code you have read."""
+    lora: LoRASettings = field(default_factory=LoRASettings)
+    """Adapters in place of full fine-tuning."""
 
     def __post_init__(self) -> None:
         for name in ("eval_every", "save_every"):

@@ -21,7 +21,7 @@ STANDARD = set(sys.stdlib_module_names)
 
 ERRORS = {"errors"}
 LIGHT = ERRORS | {"settings"}  # free of torch
-LANGUAGE = LIGHT | {"core", "models", "packing", "data", "references", "preferences"}
+LANGUAGE = LIGHT | {"adapters", "core", "models", "packing", "data", "references", "preferences"}
 EVERYTHING_BELOW = LANGUAGE | {
     "compute",
     "config",
@@ -52,7 +52,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "data": ({"torch", "datasets"}, ERRORS | {"preferences", "references", "seeding"}),
     "preferences": ({"sqlalchemy", "datasets"}, LIGHT),
     "packing": ({"torch", "transformers"}, set()),
-    "models": ({"torch", "transformers"}, ERRORS | {"packing", "references"}),
+    "adapters": ({"torch", "peft"}, LIGHT),
+    "models": ({"torch", "transformers"}, ERRORS | {"adapters", "packing", "references"}),
     "compute": ({"torch"}, LIGHT),
     "prompts": ({"torch", "transformers", "datasets"}, LANGUAGE),
     "policy": ({"torch", "transformers"}, LANGUAGE),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_rlhf.adapters import has_adapter, on_same_base, rank_of, share_weights, train_adapter
 from ppo_rlhf.config import PPOConfig
 from ppo_rlhf.data import held_out, load_rows
 from ppo_rlhf.errors import UserError
@@ -50,6 +52,7 @@ class Parts:
             path,
             temperature=config.sampling.temperature,
             stop_ids=stop_ids_of(config.sampling, self.tokenizer),
+            merge=config.lora.merge,
         )
 
 
@@ -70,6 +73,9 @@ def load_parts(
             f"ppo.num_minibatches={config.ppo.num_minibatches}."
         )
     policy, tokenizer = policy_with_tokenizer(config, policy, tokenizer, what="the supervised policy to start from")
+    train_adapter(policy, config.lora)
+    if has_adapter(policy) and config.frozen_precision == "bf16":
+        raise UserError("frozen_precision=bf16 would round the weights that the policy's adapter shares; leave it out.")
     use_quick_kernels(policy).to(accelerator.device)
     disable_dropout(policy)
     loaded: list[nn.Module] = []  # frozen models that nobody else holds
@@ -83,12 +89,15 @@ def load_parts(
     if reward is None:
         source = named(config.reward, "reward", "a reward model's folder, or module:function")
         reward = load_reward(source, setting="reward", device=accelerator.device)
-        loaded += [reward.network] if isinstance(reward, RewardModel) else []
+        loaded += [reward.classifier] if isinstance(reward, RewardModel) else []
     if gold is None and config.gold is not None:
         gold = load_reward(config.gold, setting="gold", device=accelerator.device)
-        loaded += [gold.network] if isinstance(gold, RewardModel) else []
+        loaded += [gold.classifier] if isinstance(gold, RewardModel) else []
     longest = context_length(policy) - config.sampling.max_new_tokens
     train_prompts, eval_prompts = load_prompts(config, tokenizer, prompts, longest)
+    if has_adapter(policy):
+        for each in loaded:
+            share_weights(each.requires_grad_(False), policy)
     value_model = value_model_of(config, policy, tokenizer, reward)  # in float32, whatever the reward model becomes
     if config.frozen_precision == "bf16":
         for each in loaded:
@@ -116,25 +125,34 @@ def load_parts(
 def value_model_of(
     config: PPOConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reward: RewardFunction
 ) -> TokenValues | None:
-    """A value model of its own where asked: it starts from the reward model, or from the policy with a zero head."""
+    """A value model of its own where asked: it starts from the reward model, or from the policy with a zero head.
+
+    Where the policy trains an adapter it does too, and head, on the memory of the model that it starts from.
+    """
     if config.value_model == "shared":
         return None
+    start: Any = policy
     if isinstance(reward, RewardModel):
-        classifier = frozen_copy(reward.classifier)
+        start = reward.classifier
         if reward.tokenizer.get_vocab() != tokenizer.get_vocab():
             raise UserError(
                 "value_model=separate starts from the reward model, but its vocabulary is not the policy's; "
                 "use value_model=shared."
             )
-        values = TokenValues.from_reward_model(classifier, mean=reward.mean, scale=reward.scale)
+    if has_adapter(policy):
+        model = on_same_base(start)
+        train_adapter(model, replace(config.lora, rank=rank_of(start) or rank_of(policy)))
     else:
-        trunk = frozen_copy(policy).base_model
+        model = copy.deepcopy(start).requires_grad_(True)
+    if isinstance(reward, RewardModel):
+        values = TokenValues.from_reward_model(model, mean=reward.mean, scale=reward.scale)
+    else:
         head = nn.Linear(policy.get_output_embeddings().weight.shape[1], 1, device=policy.device)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
-        values = TokenValues(trunk, head)
+        values = TokenValues(model.base_model, head)
     disable_dropout(values)
-    return values.requires_grad_(True)
+    return values
 
 
 def load_prompts(

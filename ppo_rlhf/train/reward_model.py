@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_rlhf.adapters import merged, train_adapter
 from ppo_rlhf.compute import set_up_products
 from ppo_rlhf.config import RewardConfig
 from ppo_rlhf.core import bradley_terry_loss, logprobs_of
@@ -92,7 +93,7 @@ def train(
         loss=loss,
         evaluate=evaluate,
         quality=lambda metrics: -metrics["eval/loss"],
-        save=parts.reward_model.save,
+        save=lambda folder: parts.reward_model.save(folder, merge=config.lora.merge),
         example=lambda row: asdict(parts.training.rankings[row]),
     )
     with start.run(num_steps=num_steps) as run:
@@ -132,7 +133,9 @@ def load_parts(
     policy.to(accelerator.device)
     prompt_rows = rows if config.prompts is None else load_rows(config.prompts, required=("prompt",), setting="prompts")
     own_samples = policy_samples(policy, tokenizer, prompt_rows, config)
-    reward_model = RewardModel(classifier_from(policy), tokenizer)
+    classifier = classifier_from(merged(policy))
+    train_adapter(classifier, config.lora, heads=["score"])
+    reward_model = RewardModel(classifier, tokenizer)
     training = fitting(reward_model, rankings, setting="data")
     held_out = fitting(reward_model, eval_rankings, setting="eval_data")
     module = ComparisonModule(reward_model.network, policy if config.language_model_coef else None)

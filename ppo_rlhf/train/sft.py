@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_rlhf.adapters import train_adapter
 from ppo_rlhf.compute import set_up_products
 from ppo_rlhf.config import SFTConfig
 from ppo_rlhf.core import logprobs_of, masked_mean, masked_sum
@@ -63,6 +64,7 @@ def train(
     demonstrations, num_cut = encode(rows, tokenizer, longest=longest, cut=config.max_length is not None)
     eval_demonstrations, _ = encode(eval_rows, tokenizer, longest=longest, cut=config.max_length is not None)
     num_steps = num_steps_of(config, len(demonstrations), accelerator)
+    train_adapter(policy, config.lora)
     policy.to(accelerator.device)
 
     def loss(module: nn.Module, batch: Sequence[int], count: Tensor) -> Tensor:
@@ -82,7 +84,7 @@ def train(
         loss=loss,
         evaluate=evaluate,
         quality=lambda metrics: -metrics["eval/loss"],
-        save=lambda folder: save_policy(policy, tokenizer, folder),
+        save=lambda folder: save_policy(policy, tokenizer, folder, merge=config.lora.merge),
         example=lambda row: dict(rows[row]),
     )
     with start.run(num_steps=num_steps) as run:
