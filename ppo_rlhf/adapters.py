@@ -17,7 +17,6 @@ from torch import nn
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.settings import LoRASettings
 
-
 ADAPTED = (".lora_", ".modules_to_save.")  # in the names of what peft adds
 
 
