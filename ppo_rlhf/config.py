@@ -175,6 +175,9 @@ class PPOConfig(RunConfig):
     """Responses of one rollout, over all processes."""
     value_model: Literal["shared", "separate"] = "shared"
     """shared: a head on the policy's trunk. separate: a model that starts from the reward model, or from the policy."""
+    value_head: str | None = None
+    """A folder with a head that a shared value function starts from, `v_head.summary.…`: a run's value_head/, or one of
+    TRL's; null: that of the policy's folder where it has one, else zero."""
     kl_coef: float = 0.05
     """β of the KL penalty in the reward (Stiennon et al., 2020: 0.05), to start with where kl_target is given."""
     kl_target: float | None = None

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -27,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.activations import NewGELUActivation
+from transformers.modeling_utils import load_state_dict
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils import logging as transformers_logging
 
@@ -37,6 +40,7 @@ from ppo_rlhf.references import call, is_reference
 
 PAD_TOKEN = "<|pad|>"
 BASE_CONFIG = "base_config.json"  # in an adapter's folder, where transformers takes config.json for a whole model's
+VALUE_HEAD = "v_head.summary"
 PLAIN_HEAD = "_ppo_rlhf_plain_head"  # an attribute, so that copies of a model know of themselves
 
 
@@ -161,6 +165,29 @@ def save_model(model: PreTrainedModel, folder: Path, *, merge: bool) -> None:
     model.save_pretrained(folder)
     if has_adapter(model):
         model.config.to_json_file(folder / BASE_CONFIG)
+
+
+def save_value_head(head: nn.Linear, folder: Path) -> None:
+    """A head alone, by the names that TRL gave it, which `load_value_head` reads."""
+    weights = {f"{VALUE_HEAD}.{name}": tensor.detach().contiguous() for name, tensor in head.named_parameters()}
+    save_file(weights, folder / "value_head.safetensors")
+
+
+def load_value_head(source: str) -> tuple[Tensor, Tensor] | None:
+    """weight (1, d) and bias (1,) of a value head in a folder, None where it holds none.
+
+    Of TRL's AutoModelForCausalLMWithValueHead, whose folder has it beside the language model's weights, or of ours.
+    """
+    names = [f"{VALUE_HEAD}.weight", f"{VALUE_HEAD}.bias"]
+    for path in sorted(Path(source).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            if names[0] in file.keys():
+                return file.get_tensor(names[0]), file.get_tensor(names[1])
+    for path in sorted(Path(source).glob("pytorch_model*.bin")):
+        weights = load_state_dict(str(path), weights_only=True)
+        if names[0] in weights:
+            return weights[names[0]], weights[names[1]]
+    return None
 
 
 def use_quick_kernels(model: PreTrainedModel) -> PreTrainedModel:

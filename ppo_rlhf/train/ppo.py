@@ -24,6 +24,7 @@ from ppo_rlhf.core import (
     whiten,
 )
 from ppo_rlhf.data import stream
+from ppo_rlhf.models import save_value_head
 from ppo_rlhf.optimizer import learning_rate, make_optimizer, set_learning_rate
 from ppo_rlhf.rewards import RewardFunction, score
 from ppo_rlhf.rollout import Rollout, evaluate
@@ -92,6 +93,9 @@ def train(
 
         with whole_weights(model):
             run.save_model("policy", lambda path: parts.save_policy(path, config))
+            if parts.model.value_head is not None:
+                head = parts.model.value_head
+                run.save_model("value_head", lambda path: save_value_head(head, path))
         return run.finish(summary_of(state.before, state.after))
 
 

@@ -22,11 +22,13 @@ from ppo_rlhf.models import (
     disable_dropout,
     frozen_copy,
     load_policy,
+    load_value_head,
     save_policy,
     use_quick_kernels,
 )
 from ppo_rlhf.policy import PolicyWithValue, TokenValues
 from ppo_rlhf.prompts import Prompts
+from ppo_rlhf.references import is_reference
 from ppo_rlhf.rewards import RewardFunction, RewardModel, load_reward
 from ppo_rlhf.sampling import stop_ids_of
 from ppo_rlhf.train.inputs import named, policy_with_tokenizer
@@ -73,11 +75,7 @@ def load_parts(
             f"ppo.num_minibatches={config.ppo.num_minibatches}."
         )
     policy, tokenizer = policy_with_tokenizer(config, policy, tokenizer, what="the supervised policy to start from")
-    train_adapter(policy, config.lora)
-    if has_adapter(policy) and config.frozen_precision == "bf16":
-        raise UserError("frozen_precision=bf16 would round the weights that the policy's adapter shares; leave it out.")
-    use_quick_kernels(policy).to(accelerator.device)
-    disable_dropout(policy)
+    ready_policy(policy, config, accelerator)
     loaded: list[nn.Module] = []  # frozen models that nobody else holds
     if reference is None:
         start = policy
@@ -102,15 +100,7 @@ def load_parts(
     if config.frozen_precision == "bf16":
         for each in loaded:
             each.to(torch.bfloat16)
-    model = PolicyWithValue(
-        policy,
-        value_model=value_model,
-        temperature=config.sampling.temperature,
-        differentiable_entropy=config.ppo.entropy_coef != 0,
-    )
-    if config.gradient_checkpointing:
-        model.checkpoint_activations()
-    model.to(accelerator.device).train()  # dropout is 0; gradient checkpointing acts in this mode alone
+    model = policy_with_value(config, policy, value_model, accelerator)
     return Parts(
         model=model,
         tokenizer=tokenizer,
@@ -120,6 +110,37 @@ def load_parts(
         prompts=train_prompts,
         eval_prompts=eval_prompts,
     )
+
+
+def ready_policy(policy: PreTrainedModel, config: PPOConfig, accelerator: Accelerator) -> None:
+    """In place: with the adapter that is to be trained, quick kernels, on its device, no dropout."""
+    train_adapter(policy, config.lora)
+    if has_adapter(policy) and config.frozen_precision == "bf16":
+        raise UserError("frozen_precision=bf16 would round the weights that the policy's adapter shares; leave it out.")
+    use_quick_kernels(policy).to(accelerator.device)
+    disable_dropout(policy)
+
+
+def policy_with_value(
+    config: PPOConfig, policy: PreTrainedModel, value_model: TokenValues | None, accelerator: Accelerator
+) -> PolicyWithValue:
+    """The module that is trained: the policy with its value function, a head on its trunk or a model of its own."""
+    model = PolicyWithValue(
+        policy,
+        value_model=value_model,
+        temperature=config.sampling.temperature,
+        differentiable_entropy=config.ppo.entropy_coef != 0,
+    )
+    source = config.value_head or config.policy
+    if value_model is None and source is not None and not is_reference(source):
+        weights = load_value_head(source)
+        if weights is None and config.value_head is not None:
+            raise UserError(f"value_head: {source} has no v_head.summary.weight; leave it out, to start from zero.")
+        if weights is not None:
+            model.set_value_head(*weights)
+    if config.gradient_checkpointing:
+        model.checkpoint_activations()
+    return model.to(accelerator.device).train()  # dropout is 0; gradient checkpointing acts in this mode alone
 
 
 def value_model_of(
