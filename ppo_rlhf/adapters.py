@@ -115,6 +115,7 @@ def merged(model: Any) -> Any:
                 setattr(parent, child, layer.modules_to_save[name])
     plain._hf_peft_config_loaded = False
     del plain.peft_config
+    plain._weight_conversions = None  # an adapter that was loaded left its own names there
     plain.name_or_path = plain.config.name_or_path = ""  # such a model is nowhere yet
     return plain
 

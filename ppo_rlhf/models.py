@@ -71,8 +71,9 @@ def _rounded(base_bits: int) -> dict[str, Any]:
         raise UserError(
             f"lora.base_bits={base_bits} needs bitsandbytes, which is not installed: install it, or use 32."
         )
-    kind = {8: {"load_in_8bit": True}, 4: {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}[base_bits]
-    return {"quantization_config": BitsAndBytesConfig(**kind)}
+    four = base_bits == 4
+    config = BitsAndBytesConfig(load_in_4bit=four, load_in_8bit=not four, bnb_4bit_quant_type="nf4")
+    return {"quantization_config": config}
 
 
 def load_tokenizer(source: str, *, setting: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -181,7 +182,7 @@ def load_value_head(source: str) -> tuple[Tensor, Tensor] | None:
     names = [f"{VALUE_HEAD}.weight", f"{VALUE_HEAD}.bias"]
     for path in sorted(Path(source).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            if names[0] in file.keys():
+            if names[0] in set(file.keys()):
                 return file.get_tensor(names[0]), file.get_tensor(names[1])
     for path in sorted(Path(source).glob("pytorch_model*.bin")):
         weights = load_state_dict(str(path), weights_only=True)

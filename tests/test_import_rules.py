@@ -25,6 +25,7 @@ LANGUAGE = LIGHT | {"adapters", "core", "models", "packing", "data", "references
 EVERYTHING_BELOW = LANGUAGE | {
     "compute",
     "config",
+    "model_card",
     "optimizer",
     "policy",
     "prompts",
@@ -64,6 +65,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "rollout": ({"torch", "transformers"}, LANGUAGE | {"policy", "prompts", "sampling"}),
     "toy": ({"torch", "transformers", "tokenizers"}, ERRORS | {"core", "rewards"}),
     "train": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW),
+    "model_card": ({"huggingface_hub"}, {"references"}),
+    "export": ({"torch", "transformers", "huggingface_hub"}, LANGUAGE | {"rewards", "run"}),
     "stepwise": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
     "candidates": ({"torch"}, EVERYTHING_BELOW),
     "pipeline": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
@@ -74,8 +77,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "cli": (
         {"jsonargparse", "rich"},
         LIGHT
-        | {"arguments", "candidates", "config", "data", "doctor", "label", "pipeline", "preferences", "report"}
-        | {"run", "train"},
+        | {"arguments", "candidates", "config", "data", "doctor", "export", "label", "pipeline", "preferences"}
+        | {"report", "run", "train"},
     ),
 }
 
@@ -260,7 +263,8 @@ loaded = [name for name in {HEAVY!r} if name in sys.modules]
 assert not loaded, loaded
 """
 COMMANDS = {
-    "ppo_rlhf": ["demo", "sft", "reward", "ppo", "pipeline", "doctor", "report", "label", "preferences", "compare"],
+    "ppo_rlhf": ["demo", "sft", "reward", "ppo", "pipeline", "doctor", "report", "label", "preferences"]
+    + ["export", "compare"],
     "classic": ["train", "evaluate", "plot", "compare", "video", "export"],
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ppo_rlhf.adapters import has_adapter, on_same_base, rank_of, share_weights,
 from ppo_rlhf.config import PPOConfig
 from ppo_rlhf.data import held_out, load_rows
 from ppo_rlhf.errors import UserError
+from ppo_rlhf.model_card import model_card
 from ppo_rlhf.models import (
     context_length,
     disable_dropout,
@@ -46,8 +47,8 @@ class Parts:
     prompts: Prompts
     eval_prompts: Prompts
 
-    def save_policy(self, path: Path, config: PPOConfig) -> None:
-        """The policy as a folder that plain transformers loads and samples from as the run did."""
+    def save_policy(self, path: Path, config: PPOConfig, outcome: Mapping[str, float]) -> None:
+        """The policy as a folder that plain transformers loads and samples from as the run did, with its card."""
         save_policy(
             self.model.language_model,
             self.tokenizer,
@@ -56,6 +57,7 @@ class Parts:
             stop_ids=stop_ids_of(config.sampling, self.tokenizer),
             merge=config.lora.merge,
         )
+        (path / "README.md").write_text(model_card("ppo", config.policy, outcome), encoding="utf-8")
 
 
 def load_parts(

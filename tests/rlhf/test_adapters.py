@@ -139,6 +139,12 @@ def test_an_adapter_s_folder_holds_the_adapter_alone_and_loads_with_its_base(tmp
     loaded, _ = load_policy(str(tmp_path / "adapter"), setting="policy")
     ids = torch.tensor([[5, 9, 12, 10]])
     assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+    save_policy(loaded, tokenizer, tmp_path / "again", merge=False)
+    again, _ = load_policy(str(tmp_path / "again"), setting="policy")
+    assert torch.equal(again(ids).logits, loaded(ids).logits)
+    save_policy(loaded, tokenizer, tmp_path / "merged")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(plain(ids).logits, loaded(ids).logits, rtol=0, atol=1e-4)
     train_adapter(loaded, LoRASettings())
     assert {n for n, w in loaded.named_parameters() if w.requires_grad} == {
         n for n, w in model.named_parameters() if w.requires_grad

@@ -78,7 +78,7 @@ def test_a_reward_model_s_head_and_normalisation_are_saved_with_its_adapter(mode
     saved = {}
     monkeypatch.setattr(
         "ppo_rlhf.train.reward_model.save_with_card",
-        lambda model, path, *rest: (
+        lambda model, path, *_: (
             model.save(path),
             saved.update(scores=model(*TEXTS), rank=rank_of(model.classifier)),
         ),
