@@ -77,6 +77,14 @@ def _add_compare(parser: ArgumentParser) -> None:
     _add_labelling(parser)
 
 
+def _add_export(parser: ArgumentParser) -> None:
+    parser.add_argument("run", help="a run's folder, or a model's")
+    parser.add_argument("--output", type=str, required=True, metavar="DIR", help="a new folder for the plain model")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of its weights")
+    parser.add_argument("--push_to_hub", type=str, metavar="NAME", help="upload it as well, as USER/NAME")
+    parser.add_argument("--private", action="store_true", help="where that makes a new repository")
+
+
 def _add_preferences(parser: ArgumentParser) -> None:
     parser.add_argument("action", choices=["export", "import", "stats"])
     parser.add_argument("file", nargs="?", help="JSONL or Parquet to write; or any file of comparisons to read")
@@ -110,6 +118,7 @@ COMMANDS = {
     "preferences": Command(
         "Comparisons out of the database, into it, and what they say.", add_arguments=_add_preferences
     ),
+    "export": Command("A model to use elsewhere: adapters merged, also to the Hub.", add_arguments=_add_export),
     "compare": Command("Two runs against each other, judged blind by people.", add_arguments=_add_compare),
     "study": Command("An experiment: what the estimators of KL are worth.", add_arguments=_add_study),
 }
@@ -218,6 +227,17 @@ def _report(given: Namespace) -> Outcome:
 
     path = str(write_report(Path(given.run)))
     return {"report": path}, [f"wrote {path}"]
+
+
+def _export(given: Namespace) -> Outcome:
+    from ppo_rlhf.export import export, push
+
+    folder = export(Path(given.run), Path(given.output), dtype=given.dtype)
+    summary, lines = {"output": str(folder)}, [f"wrote {folder}"]
+    if given.push_to_hub is not None:
+        summary["address"] = push(folder, given.push_to_hub, private=given.private)
+        lines.append(f"uploaded to {summary['address']}")
+    return summary, lines
 
 
 def _label(given: Namespace) -> Outcome:
@@ -389,4 +409,11 @@ def _study(given: Namespace) -> Outcome:
     return {"claims": [asdict(claim) for claim in results.claims], "files": files}, lines
 
 
-OTHERS = {"report": _report, "label": _label, "preferences": _preferences, "compare": _compare, "study": _study}
+OTHERS = {
+    "report": _report,
+    "export": _export,
+    "label": _label,
+    "preferences": _preferences,
+    "compare": _compare,
+    "study": _study,
+}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ppo_rlhf.reward_settings import RewardSource, ScoreShaping
-from ppo_rlhf.settings import OptimizerSettings, PPOSettings, SamplingSettings, Ties, require
+from ppo_rlhf.settings import LoRASettings, OptimizerSettings, PPOSettings, SamplingSettings, Ties, require
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class RunConfig:
     """Accelerate's trackers: tensorboard, wandb, trackio, …"""
     trust_remote_code: bool = False
     """Let a model's own Python code run. Only for models whose code you have read."""
+    lora: LoRASettings = field(default_factory=LoRASettings)
+    """Adapters in place of full fine-tuning."""
 
     def __post_init__(self) -> None:
         for name in ("eval_every", "save_every"):
@@ -177,6 +179,9 @@ class PPOConfig(RunConfig):
     """Responses of one rollout, over all processes."""
     value_model: Literal["shared", "separate"] = "shared"
     """shared: a head on the policy's trunk. separate: a model that starts from the reward model, or from the policy."""
+    value_head: str | None = None
+    """A folder with a head that a shared value function starts from, `v_head.summary.…`: a run's value_head/, or one of
+    TRL's; null: that of the policy's folder where it has one, else zero."""
     kl_coef: float = 0.05
     """β of the KL penalty in the reward (Stiennon et al., 2020: 0.05), to start with where kl_target is given."""
     kl_target: float | None = None

@@ -21,11 +21,12 @@ STANDARD = set(sys.stdlib_module_names)
 
 ERRORS = {"errors"}
 LIGHT = ERRORS | {"settings"}  # free of torch
-LANGUAGE = LIGHT | {"core", "models", "packing", "data", "references", "preferences"}
+LANGUAGE = LIGHT | {"adapters", "core", "models", "packing", "data", "references", "preferences"}
 EVERYTHING_BELOW = LANGUAGE | {
     "compute",
     "config",
     "micro_batches",
+    "model_card",
     "optimizer",
     "policy",
     "prompts",
@@ -55,7 +56,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "data": ({"torch", "datasets"}, ERRORS | {"preferences", "references", "seeding"}),
     "preferences": ({"sqlalchemy", "datasets"}, LIGHT),
     "packing": ({"torch", "transformers"}, set()),
-    "models": ({"torch", "transformers"}, ERRORS | {"packing", "references"}),
+    "adapters": ({"torch", "peft"}, LIGHT),
+    "models": ({"torch", "transformers", "safetensors"}, ERRORS | {"adapters", "packing", "references"}),
     "compute": ({"torch"}, LIGHT),
     "prompts": ({"torch", "transformers", "datasets"}, LANGUAGE),
     "policy": ({"torch", "transformers"}, LANGUAGE),
@@ -67,6 +69,9 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "rollout": ({"torch", "transformers"}, LANGUAGE | {"policy", "prompts", "sampling"}),
     "toy": ({"torch", "transformers", "tokenizers"}, ERRORS | {"core", "rewards"}),
     "train": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW),
+    "model_card": ({"huggingface_hub"}, {"references"}),
+    "export": ({"torch", "transformers", "huggingface_hub"}, LANGUAGE | {"rewards", "run"}),
+    "stepwise": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
     "candidates": ({"torch"}, EVERYTHING_BELOW),
     "pipeline": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
     "study": ({"torch", "matplotlib"}, {"core"}),
@@ -78,7 +83,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"jsonargparse", "rich"},
         LIGHT
         | {"arguments", "candidates", "config", "data", "doctor", "label", "pipeline", "preferences", "report"}
-        | {"run", "study", "train"},
+        | {"export", "run", "study", "train"},
     ),
 }
 
@@ -264,8 +269,8 @@ assert not loaded, loaded
 """
 COMMANDS = {
     "ppo_rlhf": [
-        *("demo", "sft", "reward", "ppo", "pipeline", "doctor", "report", "label", "preferences", "compare"),
-        "study",
+        *("demo", "sft", "reward", "ppo", "pipeline", "doctor", "report", "label", "preferences"),
+        *("export", "compare", "study"),
     ],
     "classic": ["train", "evaluate", "plot", "compare", "video", "export"],
 }

@@ -21,6 +21,7 @@ from ppo_rlhf.models import (
     load_classifier,
     load_tokenizer,
     right_padded,
+    save_model,
     tokenizer_with_pad,
 )
 from ppo_rlhf.packing import Packing, last_hidden_states
@@ -88,9 +89,12 @@ class RewardModel:
         classifier.to(torch.device(device))  # type: ignore[arg-type]
         return cls(classifier, tokenizer_with_pad(classifier, tokenizer, setting=setting), **arguments)
 
-    def save(self, folder: Path) -> None:
-        """A folder that transformers loads as a sequence classifier, and `load` with its normalisation."""
-        self.classifier.save_pretrained(folder)
+    def save(self, folder: Path, *, merge: bool = False) -> None:
+        """A folder that transformers loads as a sequence classifier, and `load` with its normalisation.
+
+        merge: an adapter into the weights; else its folder is the adapter's alone.
+        """
+        save_model(self.classifier, folder, merge=merge)
         self.tokenizer.save_pretrained(folder)
 
     @property

@@ -31,7 +31,8 @@ def policy_with_tokenizer(
     """The given policy and tokenizer where both are given, else those that the configuration names."""
     if policy is None or tokenizer is None:
         source = named(config.policy, "policy", what)
-        return load_policy(source, setting="policy", trust_remote_code=config.trust_remote_code)
+        trusted, bits = config.trust_remote_code, config.lora.base_bits
+        return load_policy(source, setting="policy", trust_remote_code=trusted, base_bits=bits)
     return policy, tokenizer_with_pad(policy, tokenizer, setting="tokenizer")
 
 

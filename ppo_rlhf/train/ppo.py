@@ -24,6 +24,7 @@ from ppo_rlhf.core import (
     whiten,
 )
 from ppo_rlhf.data import stream
+from ppo_rlhf.models import save_value_head
 from ppo_rlhf.optimizer import learning_rate, make_optimizer, set_learning_rate
 from ppo_rlhf.rewards import RewardFunction, Scores, reference_moments, shaped, with_batch
 from ppo_rlhf.rollout import Rollout, evaluate
@@ -91,9 +92,13 @@ def train(
                 callback(state.step, metrics)
             run.stop_if_asked(state)
 
+        summary = summary_of(state.before, state.after)
         with whole_weights(model):
-            run.save_model("policy", lambda path: parts.save_policy(path, config))
-        return run.finish(summary_of(state.before, state.after))
+            run.save_model("policy", lambda path: parts.save_policy(path, config, summary))
+            if parts.model.value_head is not None:
+                head = parts.model.value_head
+                run.save_model("value_head", lambda path: save_value_head(head, path))
+        return run.finish(summary)
 
 
 def ppo_step(
@@ -218,7 +223,7 @@ def evaluate_and_save(
         if outcome.quality > state.best:
             state = replace(state, best=outcome.quality)
             with whole_weights(parts.model):
-                run.save_model("best", lambda path: parts.save_policy(path, config))
+                run.save_model("best", lambda path: parts.save_policy(path, config, outcome.metrics))
     run.log(state.step, metrics)
     if last or (config.save_every and state.step % config.save_every == 0):
         run.save_checkpoint(state)

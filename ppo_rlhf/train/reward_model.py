@@ -14,10 +14,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_rlhf.adapters import merged, train_adapter
 from ppo_rlhf.compute import set_up_products
 from ppo_rlhf.config import RewardConfig
 from ppo_rlhf.core import bradley_terry_loss, logprobs_of
 from ppo_rlhf.data import Rows, load_rows, stream
+from ppo_rlhf.model_card import model_card
 from ppo_rlhf.models import context_length, right_padded
 from ppo_rlhf.prompts import Prompts
 from ppo_rlhf.rewards import RewardFunction, RewardModel, ScoringNetwork, load_reward
@@ -29,19 +31,6 @@ from ppo_rlhf.train.inputs import policy_with_tokenizer, training_and_held_out
 from ppo_rlhf.train.rankings import EncodedRankings, fitting, pair_tensors, rankings_of
 from ppo_rlhf.train.reward_evaluation import Order, evaluate_held_out, gold_pairs
 from ppo_rlhf.train.supervised import HeldOut, Task, fit, num_steps_of
-
-MODEL_CARD = """# Reward model
-
-A sequence classifier with one output: the score of prompt + response + eos, each encoded apart.
-
-The output of plain `transformers` is the raw score. `ppo_rlhf.rewards.RewardModel.load` applies the normalisation kept
-in `config.json`, (raw − reward_mean) / reward_scale, by which the policy it started from scores 0 on average:
-
-    reward_mean  {mean:.6g}
-    reward_scale {scale:.6g}
-
-Pairwise accuracy on held-out comparisons: {accuracy:.3f}.
-"""
 
 
 @dataclass(frozen=True)
@@ -92,7 +81,7 @@ def train(
         loss=loss,
         evaluate=evaluate,
         quality=lambda metrics: -metrics["eval/loss"],
-        save=parts.reward_model.save,
+        save=lambda folder: parts.reward_model.save(folder, merge=config.lora.merge),
         example=lambda row: asdict(parts.training.rankings[row]),
     )
     with start.run(num_steps=num_steps) as run:
@@ -104,7 +93,7 @@ def train(
         state = fit(parts.module, task, config, config.optimizer, run, num_steps=num_steps, callbacks=callbacks)
         best = normalized(RewardModel.load(run.folder / "best", setting="best", device=accelerator.device), parts)
         outcome = outcome_of(state.before, state.after, best)
-        run.save_model("reward_model", lambda path: save_with_card(best, path, outcome["pairwise_accuracy"]))
+        run.save_model("reward_model", lambda path: save_with_card(best, path, config, outcome))
         summary = run.finish(outcome)
         run.remove("best")  # last: a run that ends before its summary needs it again
         return summary
@@ -132,7 +121,9 @@ def load_parts(
     policy.to(accelerator.device)
     prompt_rows = rows if config.prompts is None else load_rows(config.prompts, required=("prompt",), setting="prompts")
     own_samples = policy_samples(policy, tokenizer, prompt_rows, config)
-    reward_model = RewardModel(classifier_from(policy), tokenizer)
+    classifier = classifier_from(merged(policy))
+    train_adapter(classifier, config.lora, heads=["score"])
+    reward_model = RewardModel(classifier, tokenizer)
     training = fitting(reward_model, rankings, setting="data")
     held_out = fitting(reward_model, eval_rankings, setting="eval_data")
     module = ComparisonModule(reward_model.network, policy if config.language_model_coef else None)
@@ -231,8 +222,7 @@ def outcome_of(before: dict[str, float], after: dict[str, float], reward_model: 
     }
 
 
-def save_with_card(reward_model: RewardModel, path: Path, accuracy: float) -> None:
+def save_with_card(reward_model: RewardModel, path: Path, config: RewardConfig, outcome: dict[str, float]) -> None:
     """The reward model's folder, with a README that says what its numbers mean."""
-    reward_model.save(path)
-    card = MODEL_CARD.format(mean=reward_model.mean, scale=reward_model.scale, accuracy=accuracy)
-    (path / "README.md").write_text(card, encoding="utf-8")
+    reward_model.save(path, merge=config.lora.merge)
+    (path / "README.md").write_text(model_card("reward", config.policy, outcome), encoding="utf-8")

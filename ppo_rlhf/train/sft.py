@@ -11,14 +11,16 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_rlhf.adapters import train_adapter
 from ppo_rlhf.compute import set_up_products
 from ppo_rlhf.config import SFTConfig
 from ppo_rlhf.core import logprobs_of, masked_mean, masked_sum
 from ppo_rlhf.data import text_column
 from ppo_rlhf.errors import UserError
+from ppo_rlhf.model_card import model_card
 from ppo_rlhf.models import context_length, evaluating, model_inputs, right_padded, save_policy
 from ppo_rlhf.prompts import Prompts
-from ppo_rlhf.run import SAMPLES_KEPT, begin, share_of
+from ppo_rlhf.run import SAMPLES_KEPT, begin, share_of, write_text
 from ppo_rlhf.sampling import sample
 from ppo_rlhf.seeding import uniform_rows
 from ppo_rlhf.settings import SamplingSettings
@@ -55,6 +57,7 @@ def train(
         return {"finished": config.output_dir}
     accelerator = start.accelerator
     set_up_products(start.matmul_precision, accelerator.device, torch.float32)
+    named = config.policy if policy is None else None
     policy, tokenizer = policy_with_tokenizer(config, policy, tokenizer, what="the language model to start from")
     rows, eval_rows = training_and_held_out(
         config, data, required=(), what="demonstrations with `prompt` and `completion`, or `text`"
@@ -63,6 +66,7 @@ def train(
     demonstrations, num_cut = encode(rows, tokenizer, longest=longest, cut=config.max_length is not None)
     eval_demonstrations, _ = encode(eval_rows, tokenizer, longest=longest, cut=config.max_length is not None)
     num_steps = num_steps_of(config, len(demonstrations), accelerator)
+    train_adapter(policy, config.lora)
     policy.to(accelerator.device)
 
     def loss(module: nn.Module, batch: Sequence[int], count: Tensor) -> Tensor:
@@ -82,7 +86,7 @@ def train(
         loss=loss,
         evaluate=evaluate,
         quality=lambda metrics: -metrics["eval/loss"],
-        save=lambda folder: save_policy(policy, tokenizer, folder),
+        save=lambda folder: save_policy(policy, tokenizer, folder, merge=config.lora.merge),
         example=lambda row: dict(rows[row]),
     )
     with start.run(num_steps=num_steps) as run:
@@ -92,7 +96,10 @@ def train(
             )
         state = fit(policy, task, config, config.optimizer, run, num_steps=num_steps, callbacks=callbacks)
         run.promote("best", "policy")
-        return run.finish({"loss_before": state.before["eval/loss"], "loss_after": state.after["eval/loss"]})
+        outcome = {"loss_before": state.before["eval/loss"], "loss_after": state.after["eval/loss"]}
+        if accelerator.is_main_process:
+            write_text(run.folder / "policy" / "README.md", model_card("sft", named, outcome))
+        return run.finish(outcome)
 
 
 @torch.no_grad()
