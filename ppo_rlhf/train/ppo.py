@@ -75,7 +75,8 @@ def train(
             run.log_held_out(0, before.rows)
         elif state.matmul_precision not in ("", compute.precision):  # measured otherwise: go on as the run began
             compute = replace(compute, precision=use_products(state.matmul_precision))
-        run.progress.tell(compute.message)
+        for line in (compute.message, *parts.prompts.told()):
+            run.progress.tell(line)
 
         while state.step < config.num_steps:
             clock = Clock()
