@@ -11,6 +11,7 @@ from typing import Literal
 from ppo_rlhf.errors import UserError
 
 Ties = Literal["drop", "both", "half"]  # what two responses of equal rank teach: nothing, both orders, each by half
+TooLong = Literal["refuse", "drop", "left", "right"]  # what becomes of a text of too many tokens; a side is cut off
 
 
 def require(condition: bool, message: str) -> None:

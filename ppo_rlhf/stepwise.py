@@ -21,6 +21,7 @@ from ppo_rlhf.errors import UserError
 from ppo_rlhf.models import frozen_copy, right_padded, save_policy
 from ppo_rlhf.optimizer import learning_rate, make_optimizer, set_learning_rate
 from ppo_rlhf.prompts import PromptBatch
+from ppo_rlhf.rewards import Scores
 from ppo_rlhf.rollout import Rollout, evaluate
 from ppo_rlhf.run import LoopState, make_accelerator, whole_weights
 from ppo_rlhf.sampling import Responses, sample, stop_ids_of
@@ -119,7 +120,9 @@ class PPO:
             accelerator=self.accelerator,
             generator=generator,
         )
-        metrics = rollout_metrics(rollout, experience, score, None, rewards, said, self.accelerator) | statistics
+        metrics = (
+            rollout_metrics(rollout, experience, Scores(score, {}), None, rewards, said, self.accelerator) | statistics
+        )
         metrics |= {"kl_coef": state.kl_coef, "lr": self._optimizer.param_groups[0]["lr"]}
         kl_coef = next_kl_coef(state.kl_coef, metrics["objective/kl"], config)
         self.state = replace(state, step=state.step + 1, kl_coef=kl_coef)

@@ -32,6 +32,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 
 from ppo_rlhf.errors import UserError
+from ppo_rlhf.messages import Message
 from ppo_rlhf.preferences import queries
 from ppo_rlhf.preferences.tables import STANDING, choices, collections, deals, metadata, pairs
 
@@ -39,7 +40,7 @@ RESULTS = ("left", "right", "tie", "both bad", "skip", "ranking")
 LEASE = 30 * 60.0  # seconds; a pair that its annotator has left for so long may be dealt to another
 BUSY_TIMEOUT = 30.0  # seconds that SQLite waits for another process's write
 
-Prompt = str | list[dict[str, str]]  # a text, or a chat's messages with `role` and `content`
+Prompt = str | list[Message]  # a text, or a chat's messages with `role` and `content`
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_rlhf.data import first_ids
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.models import (
     context_length,
@@ -123,23 +124,19 @@ class RewardModel:
         self.classifier.config.reward_scale = scale
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
-        """Token ids of prompt + response + eos, the two encoded apart so that their border is always a token border.
+        """Token ids of prompt + response + eos. What does not fit in the context is cut from the prompt's beginning.
 
-        What does not fit in the context is cut from the prompt's beginning. Raises UserError for a response that alone
-        does not fit. With a chat template it is the template that says what stands around and between the two, and the
-        whole is cut at its beginning.
+        Raises UserError for a response that alone does not fit. With a chat template it is the template that says what
+        stands around and between the two, and the whole is cut at its beginning.
         """
         if self.chat_template:
             return self._encode_chats(prompts, responses)
-        prompt_ids = self.tokenizer(list(prompts))["input_ids"]
-        response_ids = self.tokenizer(list(responses), add_special_tokens=False)["input_ids"]
         longest = context_length(self.classifier)
         encoded = []
-        for prompt, response in zip(prompt_ids, response_ids, strict=True):
-            room = longest - len(response) - 1
-            if room < 0:
-                raise UserError(f"a response of {len(response)} tokens does not fit the reward model's {longest}.")
-            encoded.append([*prompt[max(0, len(prompt) - room) :], *response, int(self.tokenizer.eos_token_id)])
+        for prompt, response in self.encode_apart(prompts, responses):
+            if len(response) > longest:
+                raise UserError(f"a response of {len(response) - 1} tokens does not fit the reward model's {longest}.")
+            encoded.append([*prompt, *response][-longest:])
         return encoded
 
     def _encode_chats(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
@@ -150,10 +147,12 @@ class RewardModel:
         encoded: Any = self.tokenizer.apply_chat_template(chats, return_dict=True)
         return [ids[-context_length(self.classifier) :] for ids in encoded["input_ids"]]
 
-    def fits(self, responses: Sequence[str]) -> bool:
-        """Whether each response fits in the context with its eos; prompts are cut to what room is left."""
-        lengths = [len(ids) for ids in self.tokenizer(list(responses), add_special_tokens=False)["input_ids"]]
-        return max(lengths) < context_length(self.classifier)
+    def encode_apart(self, prompts: Sequence[str], responses: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """Token ids of each prompt, and of its response with eos: their border is always a token border."""
+        eos = int(self.tokenizer.eos_token_id)
+        response_ids = self.tokenizer(list(responses), add_special_tokens=False)["input_ids"]
+        pairs = zip(prompts, response_ids, strict=True)
+        return [(first_ids(self.tokenizer, prompt), [*response, eos]) for prompt, response in pairs]
 
     @torch.no_grad()
     def raw_scores(self, encoded: Sequence[Sequence[int]]) -> Tensor:

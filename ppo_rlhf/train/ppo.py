@@ -77,7 +77,8 @@ def train(
                 state = replace(state, score_moments=reference_moments(before.metrics, len(before.rows)))
             run.log(0, before.metrics)
             run.log_held_out(0, before.rows)
-        run.progress.tell(compute.message)
+        for line in (compute.message, *parts.prompts.told()):
+            run.progress.tell(line)
 
         while state.step < config.num_steps:
             clock = Clock()

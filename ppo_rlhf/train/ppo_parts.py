@@ -189,19 +189,20 @@ def load_prompts(
 ) -> tuple[Prompts, Prompts]:
     """Prompts to train on and held-out ones."""
     source = prompts if prompts is not None else named(config.prompts, "prompts", "rows with a column `prompt`")
-    rows = load_rows(source, required=("prompt",), setting="prompts")
+    rows = load_rows(source, required=("prompt",), setting="prompts", columns=config.columns)
     if config.eval_prompts is None:
         rows, eval_rows = held_out(rows, config.eval_fraction, config.seed, setting="eval_fraction")
     else:
-        eval_rows = load_rows(config.eval_prompts, required=("prompt",), setting="eval_prompts")
-    if config.batch_size > len(rows):
-        raise UserError(f"batch_size={config.batch_size} is larger than the {len(rows)} prompts to train on; lower it.")
+        eval_rows = load_rows(config.eval_prompts, required=("prompt",), setting="eval_prompts", columns=config.columns)
     if longest < 1:
         raise UserError(
             f"sampling.max_new_tokens={config.sampling.max_new_tokens} fills the model's context and leaves no room "
             "for a prompt; lower it."
         )
-    return (
-        Prompts(rows, tokenizer, longest=longest, setting="prompts"),
-        Prompts(eval_rows[: config.max_eval_prompts], tokenizer, longest=longest, setting="eval_prompts"),
-    )
+    limits: dict[str, Any] = {"longest": min(config.max_prompt_length or longest, longest), "too_long": config.too_long}
+    training = Prompts(rows, tokenizer, setting="prompts", **limits)
+    if config.batch_size > len(training):
+        raise UserError(
+            f"batch_size={config.batch_size} is larger than the {len(training)} prompts to train on; lower it."
+        )
+    return training, Prompts(eval_rows[: config.max_eval_prompts], tokenizer, setting="eval_prompts", **limits)

@@ -75,8 +75,8 @@ def rollout_metrics(
     *totals, responses_total = accelerator.reduce(
         torch.stack([value.to(device, torch.float64) for value in [*sums.values(), count]])
     ).tolist()
-    scored = torch.ones_like(scores, dtype=torch.bool)
-    _, score_variance, _ = masked_moments(scores.double(), scored, sum_across=accelerator.reduce)
+    scored = torch.ones_like(scores.total, dtype=torch.bool)
+    _, score_variance, _ = masked_moments(scores.total.double(), scored, sum_across=accelerator.reduce)
     explained = explained_variance(experience.values, experience.returns, mask, sum_across=accelerator.reduce)
     return {
         **{name: total / responses_total for name, total in zip(sums, totals, strict=True)},
