@@ -145,7 +145,9 @@ def _parsed(parser: ArgumentParser, known: list[str], words: list[str]) -> Names
             cause = cause.__cause__ or cause.__context__
         message = " ".join(str(error).split())
         raise UserError(message.rstrip(".") + "." + _hint(message, known)) from error
-    for group in sorted({name.rpartition(".")[0] for name in known if "." in name}):  # the outer ones first
+    # `name.help` tells of the kinds that the one setting `name` can have
+    groups = {name.rpartition(".")[0] for name in known if "." in name and not name.endswith(".help")}
+    for group in sorted(groups):  # the outer ones first
         value = arguments[f"{arguments.command}.{group}"]
         if not isinstance(value, Namespace):
             raise UserError(f"{group} holds settings, such as {group}.…; {value!r} is not.")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from ppo_rlhf.data import held_out, load_rows, stream, text_column
+from ppo_rlhf.data import Row, Rows, held_out, load_rows, stream
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.models import context_length, load_policy
 from ppo_rlhf.preferences import Pair, text_of
@@ -24,12 +24,11 @@ def samples_of_one(run: str, *, prompts: str | None, count: int, responses: int,
 
     Where all are the same there is nothing to judge, and they are left out.
     """
-    rows = prompt_rows(run, prompts)
-    texts = chosen_prompts(rows, count, seed)
-    told = sampled(run, texts, repeats=responses, seed=seed, side=0)
+    chosen = chosen_prompts(prompt_rows(run, prompts), count, seed)
+    told = sampled(run, chosen, repeats=responses, seed=seed, side=0)
     return [
-        Pair(prompt, several, [run] * responses)
-        for prompt, several in zip(texts, told, strict=True)
+        Pair(row["prompt"], several, [run] * responses)
+        for row, several in zip(chosen, told, strict=True)
         if len(set(several)) > 1
     ]
 
@@ -42,9 +41,9 @@ def samples_of_two(run: str, other: str, *, prompts: str | None, count: int, see
     config = read_config(run_folder(run)) or {}
     if prompts is None and config.get("eval_prompts") is None:
         _, rows = held_out(rows, config["eval_fraction"], config["seed"], setting="eval_fraction")
-    texts = chosen_prompts(rows, count, seed)
-    sides = [sampled(each, texts, repeats=1, seed=seed, side=side) for side, each in enumerate((run, other))]
-    return [Pair(prompt, [*mine, *yours], [run, other]) for prompt, mine, yours in zip(texts, *sides, strict=True)]
+    chosen = chosen_prompts(rows, count, seed)
+    sides = [sampled(each, chosen, repeats=1, seed=seed, side=side) for side, each in enumerate((run, other))]
+    return [Pair(row["prompt"], [*mine, *yours], [run, other]) for row, mine, yours in zip(chosen, *sides, strict=True)]
 
 
 def uncertainty_order(pairs: Mapping[int, Pair], reward_model: str) -> dict[int, float]:
@@ -64,24 +63,25 @@ def run_folder(run: str) -> Path:
     return Path(run) / "ppo" if (Path(run) / "ppo" / "policy").is_dir() else Path(run)
 
 
-def prompt_rows(run: str, prompts: str | None) -> list[dict[str, object]]:
+def prompt_rows(run: str, prompts: str | None) -> list[Row]:
     """The rows of the given prompts, else of those in the run's configuration. Raises UserError where it has none."""
-    setting = "--prompts"
+    setting, columns = "--prompts", {}
     if prompts is None:
         config = read_config(run_folder(run)) or {}
         prompts, setting = config.get("eval_prompts") or config.get("prompts"), f"the prompts of {run}"
+        columns = config.get("columns", {})
     if prompts is None:
         raise UserError(f"{run} names no prompts; give some with --prompts.")
-    return load_rows(prompts, required=("prompt",), setting=setting)
+    return load_rows(prompts, required=("prompt",), setting=setting, columns=columns)
 
 
-def chosen_prompts(rows: Sequence[Mapping[str, object]], count: int, seed: int) -> list[str]:
-    """Distinct prompts, `count` of them or as many as there are, in a random order."""
-    texts = list(dict.fromkeys(text_column([dict(row) for row in rows], "prompt", setting="--prompts")))
-    return [texts[index] for index in stream(len(texts), 0, min(count, len(texts)), seed).tolist()]
+def chosen_prompts(rows: Rows, count: int, seed: int) -> list[Row]:
+    """Rows of distinct prompts, `count` of them or as many as there are, in a random order."""
+    distinct = list({str(row["prompt"]): row for row in rows}.values())
+    return [distinct[index] for index in stream(len(distinct), 0, min(count, len(distinct)), seed).tolist()]
 
 
-def sampled(run: str, texts: list[str], *, repeats: int, seed: int, side: int) -> list[list[str]]:
+def sampled(run: str, rows: Rows, *, repeats: int, seed: int, side: int) -> list[list[str]]:
     """Responses of a run's policy to each prompt, sampled with the run's own settings."""
     folder = run_folder(run)
     source = folder / "policy" if (folder / "policy").is_dir() else folder
@@ -91,8 +91,8 @@ def sampled(run: str, texts: list[str], *, repeats: int, seed: int, side: int) -
     policy.to(_device())  # type: ignore[arg-type]
     settings = sampling_settings(folder)
     longest = context_length(policy) - settings.max_new_tokens
-    prompts = Prompts([{"prompt": text} for text in texts], tokenizer, longest=longest, setting="--prompts")
-    batch = prompts.batch(list(range(len(texts))), policy.device)
+    prompts = Prompts(rows, tokenizer, longest=longest, setting="--prompts")
+    batch = prompts.batch(list(range(len(rows))), policy.device)
     told = []
     for repeat in range(repeats):
         noise = uniform_rows(batch.rows, settings.max_new_tokens, seed, "candidates", side, repeat)

@@ -9,7 +9,16 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ppo_rlhf.settings import OptimizerSettings, PPOSettings, SamplingSettings, Ties, require
+from ppo_rlhf.reward_settings import RewardSource, ScoreShaping
+from ppo_rlhf.settings import (
+    LoRASettings,
+    OptimizerSettings,
+    PPOSettings,
+    SamplingSettings,
+    Ties,
+    TooLong,
+    require,
+)
 
 
 @dataclass(frozen=True)
@@ -37,8 +46,14 @@ class RunConfig:
     it leaves fp16's loss scale the 16 halvings that it needs at most from its first value, 2^16."""
     log_with: tuple[str, ...] = ("tensorboard",)
     """Accelerate's trackers: tensorboard, wandb, trackio, …"""
+    columns: dict[str, str | None] = field(default_factory=dict)
+    """Other names for the data's columns, {question: prompt, answer: completion}; null leaves a column out."""
+    chat_template: str | None = None
+    """A Jinja file by which conversations become text; null: the tokenizer's own. It is saved with the policy."""
     trust_remote_code: bool = False
     """Let a model's own Python code run. Only for models whose code you have read."""
+    lora: LoRASettings = field(default_factory=LoRASettings)
+    """Adapters in place of full fine-tuning."""
 
     def __post_init__(self) -> None:
         for name in ("eval_every", "save_every"):
@@ -85,18 +100,21 @@ class SFTConfig(SupervisedConfig):
     policy: str = "gpt2"
     """The language model to start from: a folder, a Hub name, or module:function returning (model, tokenizer)."""
     data: str | None = None
-    """Demonstrations: rows with `prompt` and `completion`, or `text`. A file, folder, Hub name or module:function."""
+    """Demonstrations: rows with `prompt` and `completion`, or `text`, or `messages`. A file, folder, Hub name or
+    module:function; see docs/data.md."""
     eval_data: str | None = None
     """Held-out demonstrations; null: a share of the data."""
     max_length: int | None = None
-    """Longer demonstrations are cut on the right, and counted; null: none may exceed the model's context."""
+    """Tokens of a demonstration; null: what the model's context holds."""
+    too_long: TooLong | None = None
+    """Longer ones are dropped, cut on the left or on the right, or refused; null: cut on the right where max_length is
+    set, else refused. What is dropped or cut is told."""
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=1e-5, schedule="cosine"))
     """AdamW and its learning rate."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        length = self.max_length
-        require(length is None or length >= 2, f"max_length={length} must be at least 2, or null.")
+        _check_length("max_length", self.max_length)
 
 
 @dataclass(frozen=True)
@@ -106,12 +124,17 @@ class RewardConfig(SupervisedConfig):
     policy: str | None = None
     """The policy that the reward model starts from, and whose mean score it is normalised to."""
     data: str | None = None
-    """Comparisons: `prompt`, `chosen`, `rejected` [, `margin`], or `prompt`, `responses`, `ranks` (1 the best); or the
-    URL of a database of preferences."""
+    """Comparisons: `prompt`, `chosen`, `rejected` [, `margin`], the prompt also within the other two, or `prompt`,
+    `responses`, `ranks` (1 the best); or the URL of a database of preferences; see docs/data.md."""
     ties: Ties = "drop"
     """Responses of equal rank teach nothing (drop), or both orders, each in full (both) or by half (half)."""
     eval_data: str | None = None
     """Held-out comparisons; null: a share of the data, split by prompt."""
+    max_length: int | None = None
+    """Tokens of a prompt with a response; null: what the model's context holds."""
+    too_long: Literal["left", "drop", "refuse"] = "left"
+    """Longer ones lose the beginning of their prompt (left), or the whole comparison is dropped, or refused. With left
+    a comparison is dropped whose response alone does not fit. What is dropped or cut is told."""
     gold: str | None = None
     """module:function of the true reward where it is known: held-out accuracy is then against its order."""
     language_model_coef: float = 0.0
@@ -127,6 +150,7 @@ class RewardConfig(SupervisedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_length("max_length", self.max_length)
         require(self.normalization_prompts >= 2, "normalization_prompts must be at least 2.")
         coef = self.language_model_coef
         require(0 <= coef < math.inf, f"language_model_coef={coef} must not be negative, and finite.")
@@ -157,12 +181,19 @@ class PPOConfig(RunConfig):
     """The supervised policy to start from: a folder, a Hub name, or module:function."""
     reference: str | None = None
     """The frozen policy that KL is measured to; null: the policy as it starts."""
-    reward: str | None = None
-    """A reward model's folder, or module:function called as function(prompts, responses, **columns) -> scores."""
+    reward: RewardSource | None = None
+    """A reward model's folder, module:function called as function(prompts, responses, **columns) -> scores, or the URL
+    of an HTTP scorer; or several of them, as a list of parts with weights (docs/rewards.md)."""
+    score_shaping: ScoreShaping = field(default_factory=ScoreShaping)
+    """What becomes of a score before it is paid."""
     gold: str | None = None
     """module:function of a true reward, or of a judge: logged, never trained on."""
     prompts: str | None = None
-    """Rows with `prompt`; their other columns go to the reward function."""
+    """Rows with `prompt`, a text or a conversation; their other columns go to the reward function."""
+    max_prompt_length: int | None = None
+    """Tokens of a prompt; null: what the response leaves of the model's context."""
+    too_long: TooLong = "refuse"
+    """Longer ones are refused, dropped, or cut on the left or on the right; what is dropped or cut is told."""
     eval_prompts: str | None = None
     """Held-out prompts; null: a share of the prompts."""
     eval_fraction: float = 0.1
@@ -175,6 +206,9 @@ class PPOConfig(RunConfig):
     """Responses of one rollout, over all processes."""
     value_model: Literal["shared", "separate"] = "shared"
     """shared: a head on the policy's trunk. separate: a model that starts from the reward model, or from the policy."""
+    value_head: str | None = None
+    """A folder with a head that a shared value function starts from, `v_head.summary.…`: a run's value_head/, or one of
+    TRL's; null: that of the policy's folder where it has one, else zero."""
     kl_coef: float = 0.05
     """β of the KL penalty in the reward (Stiennon et al., 2020: 0.05), to start with where kl_target is given."""
     kl_target: float | None = None
@@ -202,6 +236,7 @@ class PPOConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_length("max_prompt_length", self.max_prompt_length, least=1)
         for name in ("num_steps", "batch_size", "max_eval_prompts"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
         require(0 < self.eval_fraction < 1, f"eval_fraction={self.eval_fraction} must lie between 0 and 1.")
@@ -225,7 +260,9 @@ class ComparisonConfig:
     """How a pipeline gets its comparisons: pairs sampled from the supervised policy and judged by a function."""
 
     prompts: str | None = None
-    """Rows with `prompt`."""
+    """Rows with `prompt`, a text or a conversation."""
+    columns: dict[str, str | None] = field(default_factory=dict)
+    """Other names for their columns, as in the stages."""
     annotator: str | None = None
     """module:function called as function(prompts, responses, seed=…) -> rows of prompt, chosen, rejected."""
     num_prompts: int = 1000
@@ -261,3 +298,7 @@ class PipelineConfig:
     """Reward modelling."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
     """PPO."""
+
+
+def _check_length(name: str, length: int | None, *, least: int = 2) -> None:
+    require(length is None or length >= least, f"{name}={length} must be at least {least}, or null.")

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from ppo_rlhf.compute import set_up_products
-from ppo_rlhf.config import PipelineConfig
-from ppo_rlhf.data import load_rows, stream
+from ppo_rlhf.config import ComparisonConfig, PipelineConfig
+from ppo_rlhf.data import Row, load_rows, stream
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.models import context_length, load_policy
 from ppo_rlhf.prompts import Prompts
@@ -121,11 +121,13 @@ def filled_in(config: PipelineConfig, folder: Path) -> PipelineConfig:
     )
 
 
-def check_references(settings: dict[str, Any]) -> None:
+def check_references(settings: dict[Any, Any]) -> None:
     """Raises UserError for a Python object named anywhere in the configuration that cannot be found."""
     for value in settings.values():
         if isinstance(value, dict):
             check_references(value)
+        elif isinstance(value, tuple):
+            check_references(dict(enumerate(value)))
         elif isinstance(value, str) and is_reference(value):
             load_object(value)
 
@@ -133,16 +135,16 @@ def check_references(settings: dict[str, Any]) -> None:
 def check_inputs(config: PipelineConfig) -> None:
     """Raises UserError for data of the later stages that is not named, or cannot be read."""
     if config.reward.data is not None:
-        load_rows(config.reward.data, required=("prompt",), setting="reward.data")
+        load_rows(config.reward.data, required=(), setting="reward.data", columns=config.reward.columns)
     elif config.comparisons.annotator is None:
         raise UserError("reward.data is not set: comparisons, or comparisons.annotator to have some made.")
     elif config.comparisons.prompts is None:
         raise UserError("comparisons.prompts is not set: rows with a column `prompt`.")
     else:
-        load_rows(config.comparisons.prompts, required=("prompt",), setting="comparisons.prompts")
+        comparison_prompts(config.comparisons)
     if config.ppo.prompts is None:
         raise UserError("ppo.prompts is not set: rows with a column `prompt`.")
-    load_rows(config.ppo.prompts, required=("prompt",), setting="ppo.prompts")
+    load_rows(config.ppo.prompts, required=("prompt",), setting="ppo.prompts", columns=config.ppo.columns)
 
 
 def compare(config: PipelineConfig, folder: Path) -> None:
@@ -152,7 +154,6 @@ def compare(config: PipelineConfig, folder: Path) -> None:
         return
     started = time.monotonic()
     settings, policy_folder = config.comparisons, str(folder / "sft" / "policy")
-    assert settings.prompts is not None
     accelerator = make_accelerator(folder, precision=config.ppo.precision, log_with=())
     # As the stage whose policy is asked, also where that was finished before this process began.
     products = matmul_precision_of(folder / "sft", config.sft.matmul_precision, accelerator.device)
@@ -160,7 +161,7 @@ def compare(config: PipelineConfig, folder: Path) -> None:
     policy, tokenizer = load_policy(policy_folder, setting="sft")
     policy.to(accelerator.device)
     longest = context_length(policy) - settings.sampling.max_new_tokens
-    rows = load_rows(settings.prompts, required=("prompt",), setting="comparisons.prompts")
+    rows = comparison_prompts(settings)
     prompts = Prompts(rows, tokenizer, longest=longest, setting="comparisons.prompts")
     chosen = stream(len(prompts), 0, settings.num_prompts, config.seed).tolist()
     numbers = list(range(len(chosen)))[share_of(len(chosen), accelerator)]
@@ -183,6 +184,12 @@ def compare(config: PipelineConfig, folder: Path) -> None:
         write_text(folder / "comparisons.json", strict_json(statistics))
         write_text(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in judged))
     accelerator.wait_for_everyone()
+
+
+def comparison_prompts(settings: ComparisonConfig) -> list[Row]:
+    """The rows of prompts of which responses are compared."""
+    assert settings.prompts is not None
+    return load_rows(settings.prompts, required=("prompt",), setting="comparisons.prompts", columns=settings.columns)
 
 
 def disagreement(rows: Sequence[dict[str, Any]]) -> float | None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ppo_rlhf.data import Rows, text_column
+from ppo_rlhf.data import Rows, prompt_texts_and_ids
 from ppo_rlhf.errors import UserError
+from ppo_rlhf.settings import TooLong
 
 
 @dataclass(frozen=True)
@@ -33,29 +34,61 @@ class PromptBatch:
 class Prompts:
     """All prompts of a run, with their other columns for the reward function."""
 
-    def __init__(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, *, longest: int, setting: str) -> None:
-        """Tokenises the column `prompt`. Raises UserError for a prompt that is blank, or nothing but special tokens, or
-        longer than `longest` tokens.
+    def __init__(
+        self,
+        rows: Rows,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        longest: int,
+        setting: str,
+        too_long: TooLong = "refuse",
+    ) -> None:
+        """Tokenises the column `prompt`: texts, or conversations, which the column `messages` then keeps as given.
+
+        longest: tokens; too_long: what becomes of longer prompts, all of which are counted. A prompt that is cut is cut
+        in tokens, and its text is that of the tokens which are left.
+
+        Raises UserError for a prompt that is blank, or nothing but special tokens, a longer one that is refused, and
+        where no prompt is left.
         """
-        self.texts = text_column(rows, "prompt", setting=setting)
-        self.columns = {name: [row.get(name) for row in rows] for name in rows[0] if name != "prompt"}
-        self.pad_id = int(tokenizer.pad_token_id)
-        self.ids: list[list[int]] = tokenizer(self.texts)["input_ids"]
+        texts, encoded = prompt_texts_and_ids(rows, tokenizer, setting=setting)
         special = set(tokenizer.all_special_ids)
-        for index, ids in enumerate(self.ids):
+        for index, ids in enumerate(encoded):
             if special.issuperset(ids):
                 raise UserError(
-                    f"{setting}: the tokenizer finds no token in prompt {index}, {self.texts[index]!r}, or special "
-                    "ones alone; give it some text, or remove the row."
+                    f"{setting}: the tokenizer finds no token in prompt {index}, {texts[index]!r}, or special ones "
+                    "alone; give it some text, or remove the row."
                 )
-            if len(ids) > longest:
+            if len(ids) > longest and too_long == "refuse":
                 raise UserError(
                     f"{setting}: prompt {index} has {len(ids)} tokens; {longest} fit beside the response in "
                     "the model's context: shorten or drop it, or lower sampling.max_new_tokens."
                 )
+        over = {index for index, ids in enumerate(encoded) if len(ids) > longest}
+        dropped = over if too_long == "drop" else set()
+        if len(dropped) == len(encoded):
+            raise UserError(f"{setting}: each prompt is longer than {longest} tokens, and too_long=drop leaves none.")
+        for index in over - dropped:
+            encoded[index] = encoded[index][-longest:] if too_long == "left" else encoded[index][:longest]
+            texts[index] = str(tokenizer.decode(encoded[index]))
+        kept = [index for index in range(len(encoded)) if index not in dropped]
+        self.num_dropped, self.num_cut = len(dropped), len(over - dropped)
+        self.texts = [texts[index] for index in kept]
+        self.ids: list[list[int]] = [encoded[index] for index in kept]
+        self.columns = {name: [rows[index].get(name) for index in kept] for name in rows[0] if name != "prompt"}
+        if isinstance(rows[0]["prompt"], list):
+            self.columns.setdefault("messages", [rows[index]["prompt"] for index in kept])
+        self.pad_id = int(tokenizer.pad_token_id)
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def told(self) -> list[str]:
+        """A line for what was dropped for its length, or for what was cut."""
+        total = len(self) + self.num_dropped
+        dropped = f"{self.num_dropped} of {total} prompts are too long and were dropped."
+        cut = f"{self.num_cut} of {total} prompts were cut."
+        return [dropped] * bool(self.num_dropped) + [cut] * bool(self.num_cut)
 
     def batch(self, rows: Sequence[int], device: torch.device) -> PromptBatch:
         """The prompts of some rows on the device."""

@@ -12,6 +12,7 @@ from typing import Literal
 from ppo_rlhf.errors import UserError
 
 Ties = Literal["drop", "both", "half"]  # what two responses of equal rank teach: nothing, both orders, each by half
+TooLong = Literal["refuse", "drop", "left", "right"]  # what becomes of a text of too many tokens; a side is cut off
 
 
 def require(condition: bool, message: str) -> None:
@@ -91,6 +92,36 @@ class OptimizerSettings:
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)} must lie in [0, 1).")
         require(self.epsilon > 0, f"optimizer.epsilon={self.epsilon} must be above 0.")
+
+
+@dataclass(frozen=True)
+class LoRASettings:
+    """Low-rank adapters in place of full fine-tuning (Hu et al., 2021; read by `ppo_rlhf.adapters`). Extra: `lora`."""
+
+    rank: int = 0
+    """r of the trained B·A, W + α/r · B·A (peft: 8); 0: all weights are trained, or the adapter that the model has."""
+    alpha: float = 16.0
+    """α (Hu et al., 2021, GPT-2: 32 at rank 4; QLoRA: 16)."""
+    dropout: float = 0.0
+    """Of what enters A, in sft and reward alone: in PPO no dropout acts."""
+    target_modules: tuple[str, ...] = ()
+    """Names of the matrices to adapt, such as c_attn; empty: all but embeddings and head (Dettmers et al., 2023)."""
+    merge: bool = True
+    """Save plain weights, the adapter merged in. false: the adapter alone, which transformers loads with its base."""
+    base_bits: Literal[32, 8, 4] = 32
+    """Of a frozen weight of the model that is loaded; 8 and 4 (NF4) need bitsandbytes, and merge=false."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, f"lora.rank={self.rank} must not be negative; 0 trains all weights.")
+        require(self.alpha > 0, f"lora.alpha={self.alpha} must be above 0.")
+        require(0 <= self.dropout < 1, f"lora.dropout={self.dropout} must lie in [0, 1).")
+        if self.base_bits != 32:
+            require(self.rank > 0, f"lora.base_bits={self.base_bits}: such weights cannot be trained; set lora.rank.")
+            require(
+                not self.merge,
+                f"lora.base_bits={self.base_bits}: an adapter cannot be merged into rounded weights; set lora.merge to "
+                "false, and merge it into the whole ones by ppo-rlhf export.",
+            )
 
 
 @dataclass(frozen=True)

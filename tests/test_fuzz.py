@@ -18,10 +18,9 @@ from tiny_runs import in_tmp_path
 import classic.cli
 import ppo_rlhf.cli
 from ppo_rlhf.arguments import Command, CommandLine, run, settings_in
-from ppo_rlhf.data import load_rows
+from ppo_rlhf.data import comparisons, demonstrations, load_rows
 from ppo_rlhf.prompts import Prompts
 from ppo_rlhf.train.rankings import rankings_of
-from ppo_rlhf.train.sft import encode
 
 __all__ = ["in_tmp_path"]
 
@@ -161,11 +160,11 @@ def as_csv(rows):
 
 def consumed(stage, path, tokenizer):
     """What a stage makes of a file of data before it trains."""
-    rows = load_rows(path, required=() if stage == "sft" else ("prompt",), setting="data")
+    rows = load_rows(path, required=("prompt",) if stage == "ppo" else (), setting="data")
     if stage == "sft":
-        encode(rows, tokenizer, longest=64, cut=False)
+        demonstrations(rows, tokenizer, longest=64, too_long="refuse", setting="data")
     elif stage == "reward":
-        rankings_of(rows, setting="data")
+        rankings_of(comparisons(rows, tokenizer, setting="data"), setting="data")
     else:
         Prompts(rows, tokenizer, longest=48, setting="data")
 

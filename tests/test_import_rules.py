@@ -21,13 +21,16 @@ STANDARD = set(sys.stdlib_module_names)
 
 ERRORS = {"errors"}
 LIGHT = ERRORS | {"settings"}  # free of torch
-LANGUAGE = LIGHT | {"core", "models", "packing", "data", "references", "preferences"}
+LANGUAGE = LIGHT | {"adapters", "core", "models", "packing", "data", "references", "preferences"}
 EVERYTHING_BELOW = LANGUAGE | {
     "compute",
     "config",
+    "micro_batches",
+    "model_card",
     "optimizer",
     "policy",
     "prompts",
+    "reward_settings",
     "rewards",
     "rollout",
     "run",
@@ -42,29 +45,37 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "__main__": (set(), {"cli"}),
     "errors": (set(), set()),
     "settings": (set(), ERRORS),
-    "config": (set(), LIGHT),
+    "config": (set(), LIGHT | {"reward_settings"}),
     "references": (set(), ERRORS),
     "core": ({"torch"}, set()),
     "seeding": ({"torch"}, set()),
     "optimizer": ({"torch"}, LIGHT),
-    "update": ({"torch", "accelerate"}, LIGHT | {"core"}),
+    "micro_batches": ({"torch", "accelerate"}, ERRORS),
+    "update": ({"torch", "accelerate"}, LIGHT | {"core", "micro_batches"}),
     "run": ({"torch", "accelerate", "safetensors", "yaml", "rich"}, ERRORS | {"core"}),
-    "data": ({"torch", "datasets"}, ERRORS | {"preferences", "references", "seeding"}),
-    "preferences": ({"sqlalchemy", "datasets"}, LIGHT),
+    "messages": (set(), ERRORS),
+    "data": ({"torch", "datasets", "transformers"}, LIGHT | {"messages", "preferences", "references", "seeding"}),
+    "preferences": ({"sqlalchemy", "datasets"}, LIGHT | {"messages"}),
     "packing": ({"torch", "transformers"}, set()),
-    "models": ({"torch", "transformers"}, ERRORS | {"packing", "references"}),
+    "adapters": ({"torch", "peft"}, LIGHT),
+    "models": ({"torch", "transformers", "safetensors"}, ERRORS | {"adapters", "packing", "references"}),
     "compute": ({"torch"}, LIGHT),
     "prompts": ({"torch", "transformers", "datasets"}, LANGUAGE),
     "policy": ({"torch", "transformers"}, LANGUAGE),
     "kv_cache": ({"torch", "transformers"}, set()),
     "forwards": ({"torch", "transformers"}, LANGUAGE),
     "sampling": ({"torch", "transformers"}, LANGUAGE | {"forwards", "kv_cache", "prompts"}),
-    "rewards": ({"torch", "transformers"}, LANGUAGE),
+    "reward_settings": (set(), LIGHT),
+    "rewards": ({"httpx2", "jsonschema", "torch", "transformers"}, LANGUAGE | {"reward_settings"}),
     "rollout": ({"torch", "transformers"}, LANGUAGE | {"policy", "prompts", "sampling"}),
     "toy": ({"torch", "transformers", "tokenizers"}, ERRORS | {"core", "rewards"}),
     "train": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW),
+    "model_card": ({"huggingface_hub"}, {"references"}),
+    "export": ({"torch", "transformers", "huggingface_hub"}, LANGUAGE | {"rewards", "run"}),
+    "stepwise": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
     "candidates": ({"torch"}, EVERYTHING_BELOW),
     "pipeline": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
+    "study": ({"torch", "matplotlib"}, {"core"}),
     "report": ({"jinja2", "matplotlib"}, ERRORS),
     "doctor": ({"rich", "yaml"}, ERRORS),
     "label": ({"jinja2", "markdown_it", "markupsafe", "starlette", "uvicorn"}, ERRORS | {"preferences"}),
@@ -73,7 +84,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"jsonargparse", "rich"},
         LIGHT
         | {"arguments", "candidates", "config", "data", "doctor", "label", "pipeline", "preferences", "report"}
-        | {"run", "train"},
+        | {"export", "run", "study", "train"},
     ),
 }
 
@@ -258,7 +269,10 @@ loaded = [name for name in {HEAVY!r} if name in sys.modules]
 assert not loaded, loaded
 """
 COMMANDS = {
-    "ppo_rlhf": ["demo", "sft", "reward", "ppo", "pipeline", "doctor", "report", "label", "preferences", "compare"],
+    "ppo_rlhf": [
+        *("demo", "sft", "reward", "ppo", "pipeline", "doctor", "report", "label", "preferences"),
+        *("export", "compare", "study"),
+    ],
     "classic": ["train", "evaluate", "plot", "compare", "video", "export"],
 }
 

@@ -103,3 +103,23 @@ def make_tokenizer(texts, *, size, alphabet=ALL_BYTES, eos=EOS, pad=PAD):
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+
+
+CHAT = (  # ChatML; a turn ends with its end token and a new line
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED_CHAT = (  # the same, with marks around what an assistant writes
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}{{ '\\n' }}{% else %}"
+    "{{ message.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_chat_tokenizer(texts, *, size, template=CHAT):
+    """A tokenizer with a chat template, whose turns end with eos."""
+    tokenizer = make_tokenizer(texts, size=size, eos="<|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = template
+    return tokenizer

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_rlhf.errors import UserError
+from ppo_rlhf.messages import Message, messages_of, split_chats
 from ppo_rlhf.preferences.store import Choice, Pair, Prompt
 from ppo_rlhf.settings import Ties
 
@@ -94,7 +95,7 @@ def text_of(prompt: Prompt) -> str:
     return "".join(map(_turn, prompt)) + ASSISTANT
 
 
-def _turn(message: dict[str, str]) -> str:
+def _turn(message: Message) -> str:
     heads = {"user": HUMAN, "assistant": ASSISTANT}
     return f"{heads.get(message['role'], chr(10) * 2 + message['role'].capitalize() + ':')} {message['content']}"
 
@@ -188,24 +189,12 @@ def _split(row: Row, where: str) -> tuple[Prompt, list[str]]:
         return sides[0][:place], [side[place:] for side in sides]
     if not all(isinstance(side, list) and side for side in sides):
         raise UserError(f"{where}: `chosen` and `rejected` must both be texts, or both messages, and not empty.")
-    chats = [_messages(side, where) for side in sides]
-    shared = _shared_messages(chats)
-    if shared and (not isinstance(given, list) or all(chat[: len(given)] == given for chat in chats)):
-        given, chats = chats[0][:shared], [chat[shared:] for chat in chats]
-    elif given is None:
-        raise UserError(f"{where} has no `prompt`, and its sides share no message.")
-    return _prompt(given, where), [_response_of(chat) for chat in chats]
+    chats = [messages_of(side, where) for side in sides]
+    prompt, responses = split_chats(chats, None if given is None else _prompt(given, where), where)
+    return prompt, [_response_of(response) for response in responses]
 
 
-def _shared_messages(chats: list[list[dict[str, str]]]) -> int:
-    """How many messages the chats begin with in common, each with one left for the response."""
-    count = 0
-    while count < min(map(len, chats)) - 1 and all(chat[count] == chats[0][count] for chat in chats):
-        count += 1
-    return count
-
-
-def _response_of(messages: list[dict[str, str]]) -> str:
+def _response_of(messages: list[Message]) -> str:
     """One message's content; of several, all turns as text."""
     return messages[0]["content"] if len(messages) == 1 else "".join(map(_turn, messages)).strip()
 
@@ -214,15 +203,8 @@ def _prompt(prompt: Any, where: str) -> Prompt:
     if isinstance(prompt, str) and prompt.strip():
         return prompt
     if isinstance(prompt, list) and prompt:
-        return _messages(prompt, where)
+        return messages_of(prompt, where)
     raise UserError(f"{where}: `prompt` must be a text or a list of messages, and not empty.")
-
-
-def _messages(messages: list[Any], where: str) -> list[dict[str, str]]:
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise UserError(f"{where}: a message must have `role` and `content`, both texts; {message!r} has not.")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 def _responses(responses: Any, where: str) -> list[str]:

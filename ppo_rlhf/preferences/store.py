@@ -32,6 +32,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 
 from ppo_rlhf.errors import UserError
+from ppo_rlhf.messages import Message
 from ppo_rlhf.preferences import queries
 from ppo_rlhf.preferences.tables import STANDING, choices, collections, deals, metadata, pairs
 
@@ -39,7 +40,7 @@ RESULTS = ("left", "right", "tie", "both bad", "skip", "ranking")
 LEASE = 30 * 60.0  # seconds; a pair that its annotator has left for so long may be dealt to another
 BUSY_TIMEOUT = 30.0  # seconds that SQLite waits for another process's write
 
-Prompt = str | list[dict[str, str]]  # a text, or a chat's messages with `role` and `content`
+Prompt = str | list[Message]  # a text, or a chat's messages with `role` and `content`
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Deal:
     number: int  # of the pair
     pair: Pair
     shown: list[int]  # positions in pair.responses, from left to right
+    note: str = ""  # of the choice on it that the annotator took back last
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,8 @@ class Store:
                 if row.state == queries.RELEASED:
                     self._set_state(connection, row.id, annotator, queries.OPEN)
                     self._change_open(connection, row.id, -1)
-                return Deal(row.id, _pair(row), row.shown)
+                note = connection.scalar(queries.note_taken_back, {"number": row.id, "who": annotator})
+                return Deal(row.id, _pair(row), row.shown, note or "")
             row = connection.execute(queries.next_pair, me).first()
             if row is None and self._release(connection, collection):
                 row = connection.execute(queries.next_pair, me).first()

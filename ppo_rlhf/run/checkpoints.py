@@ -31,6 +31,7 @@ class LoopState:
     before: dict[str, float] = field(default_factory=dict)  # the evaluation before the first step
     after: dict[str, float] = field(default_factory=dict)  # the evaluation of the best model so far
     best: float = -math.inf  # its quality, higher is better
+    score_moments: tuple[float, float, float] = (0.0, 0.0, 0.0)  # by which scores are normalised: mean, variance, count
     tensors: dict[str, Tensor] = field(default_factory=dict)  # where a loop's environments stand
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_rlhf.config import PPOConfig, RewardConfig, SFTConfig
-from ppo_rlhf.data import held_out, load_rows
+from ppo_rlhf.data import Row, load_rows, with_chat_template
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.models import load_policy, tokenizer_with_pad
+from ppo_rlhf.reward_settings import RewardSource
+
+T = TypeVar("T")
 
 
-def named(value: str | None, name: str, what: str) -> str:
+def named(value: RewardSource | None, name: str, what: str) -> Any:
     """The value of a setting that must be set. Raises UserError, which says what it is, where it is not."""
     if value is None:
         raise UserError(f"{name} is not set: {what}.")
@@ -30,19 +33,28 @@ def policy_with_tokenizer(
     """The given policy and tokenizer where both are given, else those that the configuration names."""
     if policy is None or tokenizer is None:
         source = named(config.policy, "policy", what)
-        return load_policy(source, setting="policy", trust_remote_code=config.trust_remote_code)
-    return policy, tokenizer_with_pad(policy, tokenizer, setting="tokenizer")
+        trusted, bits = config.trust_remote_code, config.lora.base_bits
+        policy, tokenizer = load_policy(source, setting="policy", trust_remote_code=trusted, base_bits=bits)
+    else:
+        tokenizer = tokenizer_with_pad(policy, tokenizer, setting="tokenizer")
+    return policy, with_chat_template(tokenizer, config.chat_template)
 
 
 def training_and_held_out(
     config: SFTConfig | RewardConfig,
-    data: Iterable[dict[str, Any]] | None,
+    data: Iterable[Row] | None,
     *,
-    required: Sequence[str],
     what: str,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows to train on, given or those of the configuration, and rows to evaluate on: its own, or a share of them."""
-    rows = load_rows(data if data is not None else named(config.data, "data", what), required=required, setting="data")
-    if config.eval_data is None:
-        return held_out(rows, config.eval_fraction, config.seed, setting="eval_fraction")
-    return rows, load_rows(config.eval_data, required=required, setting="eval_data")
+    read: Callable[[list[Row], str], T],
+    split: Callable[[T], tuple[T, T]],
+) -> tuple[T, T]:
+    """What to train on, given or of the configuration's data, and what to evaluate on: data of its own, or a share.
+
+    read: makes of the rows of a setting what the stage reads; before the split, so that messages count all rows.
+    """
+
+    def loaded(source: str | Iterable[Row], setting: str) -> T:
+        return read(load_rows(source, required=(), setting=setting, columns=config.columns), setting)
+
+    training = loaded(data if data is not None else named(config.data, "data", what), "data")
+    return split(training) if config.eval_data is None else (training, loaded(config.eval_data, "eval_data"))

@@ -24,8 +24,9 @@ from ppo_rlhf.core import (
     whiten,
 )
 from ppo_rlhf.data import stream
+from ppo_rlhf.models import save_value_head
 from ppo_rlhf.optimizer import learning_rate, make_optimizer, set_learning_rate
-from ppo_rlhf.rewards import RewardFunction, score
+from ppo_rlhf.rewards import RewardFunction, Scores, reference_moments, shaped, with_batch
 from ppo_rlhf.rollout import Rollout, evaluate
 from ppo_rlhf.run import LoopState, Run, begin, share_of, whole_weights
 from ppo_rlhf.sampling import sample, warn_of_truncation
@@ -35,6 +36,7 @@ from ppo_rlhf.train.bad_samples import bad_samples
 from ppo_rlhf.train.ppo_evaluation import evaluate_held_out, summary_of
 from ppo_rlhf.train.ppo_parts import Parts, load_parts
 from ppo_rlhf.train.ppo_records import Clock, multiplied_type, rollout_metrics, sample_rows, throughput_metrics
+from ppo_rlhf.train.scoring import scores_of
 from ppo_rlhf.update import ppo_update
 
 
@@ -71,14 +73,17 @@ def train(
         if state is None:
             before = before or evaluate_held_out(parts, config, accelerator)
             state = LoopState(kl_coef=config.kl_coef, before=before.metrics)
+            if config.score_shaping.normalize == "reference":
+                state = replace(state, score_moments=reference_moments(before.metrics, len(before.rows)))
             run.log(0, before.metrics)
             run.log_held_out(0, before.rows)
-        run.progress.tell(compute.message)
+        for line in (compute.message, *parts.prompts.told()):
+            run.progress.tell(line)
 
         while state.step < config.num_steps:
             clock = Clock()
             set_learning_rate(optimizer, learning_rate(config.optimizer, state.step, config.num_steps))
-            metrics, samples, bad = ppo_step(state, model, optimizer, parts, config, accelerator, clock, compute)
+            state, metrics, samples, bad = ppo_step(state, model, optimizer, parts, config, accelerator, clock, compute)
             run.log_samples(samples)
             run.log_bad_samples(bad)
             kl_coef = next_kl_coef(state.kl_coef, metrics["objective/kl"], config)
@@ -88,9 +93,13 @@ def train(
                 callback(state.step, metrics)
             run.stop_if_asked(state)
 
+        summary = summary_of(state.before, state.after)
         with whole_weights(model):
-            run.save_model("policy", lambda path: parts.save_policy(path, config))
-        return run.finish(summary_of(state.before, state.after))
+            run.save_model("policy", lambda path: parts.save_policy(path, config, summary))
+            if parts.model.value_head is not None:
+                head = parts.model.value_head
+                run.save_model("value_head", lambda path: save_value_head(head, path))
+        return run.finish(summary)
 
 
 def ppo_step(
@@ -102,8 +111,10 @@ def ppo_step(
     accelerator: Accelerator,
     clock: Clock,
     compute: Compute,
-) -> tuple[dict[str, float], list[dict[str, Any]], list[dict[str, Any]]]:
-    """One rollout and its update; → the step's metrics, rows for samples.jsonl, and those that spoilt the update."""
+) -> tuple[LoopState, dict[str, float], list[dict[str, Any]], list[dict[str, Any]]]:
+    """One rollout and its update; → the state with what was learnt of the scores, the step's metrics, rows for
+    samples.jsonl, and those that spoilt the update.
+    """
     step, size = state.step, config.batch_size
     mine = share_of(size, accelerator)
     rows = stream(len(parts.prompts), step * size, (step + 1) * size, config.seed)[mine].tolist()
@@ -113,29 +124,30 @@ def ppo_step(
         with whole_weights(model):
             responses = sample(parts.model.language_model, parts.tokenizer, prompts, config.sampling, noise)
         clock.lap("sample")
-        rollout = evaluate(
-            model,
-            parts.reference,
-            prompts,
-            responses,
-            temperature=config.sampling.temperature,
-            batch_size=config.ppo.micro_batch_size or size,
-        )
+
+        def evaluated(batch_size: int) -> Rollout:
+            temperature = config.sampling.temperature
+            return evaluate(model, parts.reference, prompts, responses, temperature=temperature, batch_size=batch_size)
+
+        rollout = parts.micro_batch.fitting(evaluated, len(prompts))
         clock.lap("evaluate")
     columns = parts.prompts.columns_of(rows)
 
-    def scored(reward: RewardFunction) -> Tensor:
+    def scored(reward: RewardFunction) -> Scores:
         # One that is not finite makes all advantages NaN, and all of the update's steps are skipped.
-        found = score(reward, prompts.texts, responses.texts, columns, must_be_finite=False)
-        return found.total.to(accelerator.device)
+        return scores_of(reward, prompts, responses, columns, parts.tokenizer, must_be_finite=False)
 
     scores = scored(parts.reward)
     gold = scored(parts.gold) if parts.gold is not None else None
     clock.lap("score")
 
     kl = approx_kl(rollout.logprobs, rollout.ref_logprobs, "k1")  # unbiased in the reward, where no gradient flows
-    paid = missing_eos_rule(scores, responses.finished, config.missing_eos)
-    rewards = kl_shaped_rewards(paid, kl, rollout.mask, kl_coef=state.kl_coef)
+    if config.score_shaping.normalize == "running":
+        moments = with_batch(state.score_moments, scores.total, sum_across=accelerator.reduce)
+        state = replace(state, score_moments=moments)
+    paid = shaped(scores, rollout.mask.sum(1), config.score_shaping, state.score_moments)
+    total = missing_eos_rule(paid.total, responses.finished, config.missing_eos)
+    rewards = kl_shaped_rewards(total, kl, rollout.mask, kl_coef=state.kl_coef, dense=paid.dense)
     experience = experience_of(rollout, rewards, config, accelerator)
     statistics = ppo_update(
         model,
@@ -144,6 +156,7 @@ def ppo_step(
         config.ppo,
         accelerator=accelerator,
         generator=keyed_generator(config.seed, "shuffle", step, accelerator.process_index),
+        micro_batch=parts.micro_batch,
     )
     clock.lap("update")
 
@@ -152,9 +165,11 @@ def ppo_step(
     metrics |= throughput_metrics(rollout, metrics, parts.model, parts.reference, config, compute)
     metrics["memory/peak_gib"] = peak_memory_gib(accelerator.device)
     metrics |= {"kl_coef": state.kl_coef, "lr": optimizer.param_groups[0]["lr"], "episodes": (step + 1) * size}
-    samples = sample_rows(step + 1, prompts, responses, scores, rollout, rewards, experience, parts.tokenizer)
-    bad = bad_samples(step + 1, prompts, responses, scores, rollout, experience) if metrics["skipped_steps"] else []
-    return metrics, samples, bad
+    samples = sample_rows(step + 1, prompts, responses, scores.total, rollout, rewards, experience, parts.tokenizer)
+    bad = []
+    if metrics["skipped_steps"]:
+        bad = bad_samples(step + 1, prompts, responses, scores.total, rollout, experience)
+    return state, metrics, samples, bad
 
 
 def experience_of(rollout: Rollout, rewards: Tensor, config: PPOConfig, accelerator: Accelerator) -> Experience:
@@ -202,14 +217,14 @@ def evaluate_and_save(
     """The end of a step: evaluation where one is due, the best policy kept, metrics logged, a checkpoint where due."""
     last = state.step == config.num_steps
     if last or (config.eval_every and state.step % config.eval_every == 0):
-        outcome = evaluate_held_out(parts, config, run.accelerator, must_be_finite=False)
+        outcome = evaluate_held_out(parts, config, run.accelerator, moments=state.score_moments, must_be_finite=False)
         metrics |= outcome.metrics
         run.log_held_out(state.step, outcome.rows)
         state = replace(state, after=outcome.metrics)
         if outcome.quality > state.best:
             state = replace(state, best=outcome.quality)
             with whole_weights(parts.model):
-                run.save_model("best", lambda path: parts.save_policy(path, config))
+                run.save_model("best", lambda path: parts.save_policy(path, config, outcome.metrics))
     run.log(state.step, metrics)
     if last or (config.save_every and state.step % config.save_every == 0):
         run.save_checkpoint(state)

@@ -17,8 +17,10 @@ from ppo_rlhf.models import has_plain_head
 from ppo_rlhf.packing import can_pack
 from ppo_rlhf.policy import PolicyWithValue, ResponseTokens
 from ppo_rlhf.prompts import PromptBatch
+from ppo_rlhf.rewards import Scores
 from ppo_rlhf.rollout import Rollout
 from ppo_rlhf.sampling import Responses
+from ppo_rlhf.train.scoring import token_texts
 
 SAMPLES_PER_STEP = 2
 DIGITS = 5  # of per-token numbers in samples.jsonl
@@ -45,8 +47,8 @@ class Clock:
 def rollout_metrics(
     rollout: Rollout,
     experience: Experience,
-    scores: Tensor,
-    gold: Tensor | None,
+    scores: Scores,
+    gold: Scores | None,
     rewards: Tensor,
     responses: Responses,
     accelerator: Accelerator,
@@ -58,21 +60,23 @@ def rollout_metrics(
     mask, device = rollout.mask, accelerator.device
     log_ratio = torch.where(mask, rollout.logprobs - rollout.ref_logprobs, 0)
     sums = {
-        "objective/score": scores.sum(),
+        "objective/score": scores.total.sum(),
         "objective/kl": log_ratio.sum(),
         "objective/reward": masked_sum(rewards, mask),
         "response/length": mask.sum(),
         "response/stop_rate": responses.finished.sum(),
         "response/repetition": repetition(responses.ids, mask).sum(),
     }
+    if len(scores.parts) > 1:
+        sums |= {f"objective/score/{name}": part.sum() for name, part in scores.parts.items()}
     if gold is not None:
-        sums["objective/gold_score"] = gold.sum()
+        sums["objective/gold_score"] = gold.total.sum()
     count = torch.tensor(len(mask), device=device)
     *totals, responses_total = accelerator.reduce(
         torch.stack([value.to(device, torch.float64) for value in [*sums.values(), count]])
     ).tolist()
-    scored = torch.ones_like(scores, dtype=torch.bool)
-    _, score_variance, _ = masked_moments(scores.double(), scored, sum_across=accelerator.reduce)
+    scored = torch.ones_like(scores.total, dtype=torch.bool)
+    _, score_variance, _ = masked_moments(scores.total.double(), scored, sum_across=accelerator.reduce)
     explained = explained_variance(experience.values, experience.returns, mask, sum_across=accelerator.reduce)
     return {
         **{name: total / responses_total for name, total in zip(sums, totals, strict=True)},
@@ -188,7 +192,7 @@ def sample_rows(
                 "response": responses.texts[row],
                 "finished": bool(responses.finished[row]),
                 "score": round(float(scores[row]), DIGITS),
-                "tokens": [tokenizer.decode([token]) for token in responses.ids[row][kept].tolist()],
+                "tokens": token_texts(tokenizer, responses, row),
                 **{
                     name: [round(value, DIGITS) for value in tensor[row][kept].tolist()]
                     for name, tensor in per_token.items()

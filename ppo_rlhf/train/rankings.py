@@ -6,13 +6,14 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ppo_rlhf.data import Rows, text_column
 from ppo_rlhf.errors import UserError, did_you_mean
+from ppo_rlhf.models import context_length
 from ppo_rlhf.rewards import RewardModel
 from ppo_rlhf.settings import Ties
 
@@ -34,6 +35,8 @@ class EncodedRankings:
 
     rankings: list[Ranking]
     encoded: list[list[list[int]]]  # of each ranking, the token ids of each response with its prompt
+    num_cut: int  # that lost the beginning of their prompt
+    num_dropped: int  # that were too long
 
     def __len__(self) -> int:
         return len(self.rankings)
@@ -126,10 +129,35 @@ def pair_tensors(rankings: Sequence[Ranking], device: torch.device) -> tuple[Ten
     )
 
 
-def fitting(reward_model: RewardModel, rankings: Sequence[Ranking], *, setting: str) -> EncodedRankings:
-    """The rankings whose responses fit in the model's context. Raises UserError where none fits."""
-    kept = [ranking for ranking in rankings if reward_model.fits(ranking.responses)]
+def fitting(
+    reward_model: RewardModel,
+    rankings: Sequence[Ranking],
+    *,
+    setting: str,
+    max_length: int | None = None,
+    too_long: Literal["left", "drop", "refuse"] = "left",
+) -> EncodedRankings:
+    """The rankings in tokens, none longer than max_length, or than the model's context holds: see `RewardConfig`.
+
+    Raises UserError for a longer one that is refused, and where none fits.
+    """
+    longest = min(max_length or 2**31, context_length(reward_model.classifier))
+    kept, encoded, num_cut = [], [], 0
+    for ranking in rankings:
+        sides = reward_model.encode_apart([ranking.prompt] * len(ranking.responses), ranking.responses)
+        length = max(len(prompt) + len(response) for prompt, response in sides)
+        if length > longest and too_long == "refuse":
+            raise UserError(
+                f"{setting}: a comparison has {length} tokens with its prompt, but {longest} fit; set too_long to drop "
+                f"such, or to cut their prompts on the left. It begins {ranking.prompt[:40]!r}."
+            )
+        if length > longest and (too_long == "drop" or max(len(response) for _, response in sides) > longest):
+            continue
+        num_cut += length > longest
+        kept.append(ranking)
+        encoded.append([[*prompt, *response][-longest:] for prompt, response in sides])
     if not kept:
-        raise UserError(f"{setting}: each comparison has a response longer than the reward model's context.")
-    encoded = [reward_model.encode([ranking.prompt] * len(ranking.responses), ranking.responses) for ranking in kept]
-    return EncodedRankings(kept, encoded)
+        raise UserError(
+            f"{setting}: each comparison has a response longer than the reward model's context, or than max_length."
+        )
+    return EncodedRankings(kept, encoded, num_cut=num_cut, num_dropped=len(rankings) - len(kept))

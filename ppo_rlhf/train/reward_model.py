@@ -14,10 +14,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_rlhf.adapters import merged, train_adapter
 from ppo_rlhf.compute import set_up_products
 from ppo_rlhf.config import RewardConfig
 from ppo_rlhf.core import bradley_terry_loss, logprobs_of
-from ppo_rlhf.data import Rows, load_rows, stream
+from ppo_rlhf.data import Rows, comparisons, held_out, load_rows, stream
+from ppo_rlhf.model_card import model_card
 from ppo_rlhf.models import context_length, right_padded
 from ppo_rlhf.prompts import Prompts
 from ppo_rlhf.rewards import RewardFunction, RewardModel, ScoringNetwork, load_reward
@@ -30,19 +32,6 @@ from ppo_rlhf.train.rankings import EncodedRankings, fitting, pair_tensors, rank
 from ppo_rlhf.train.reward_evaluation import Order, evaluate_held_out, gold_pairs
 from ppo_rlhf.train.supervised import HeldOut, Task, fit, num_steps_of
 
-MODEL_CARD = """# Reward model
-
-A sequence classifier with one output: the score of prompt + response + eos, each encoded apart.
-
-The output of plain `transformers` is the raw score. `ppo_rlhf.rewards.RewardModel.load` applies the normalisation kept
-in `config.json`, (raw − reward_mean) / reward_scale, by which the policy it started from scores 0 on average:
-
-    reward_mean  {mean:.6g}
-    reward_scale {scale:.6g}
-
-Pairwise accuracy on held-out comparisons: {accuracy:.3f}.
-"""
-
 
 @dataclass(frozen=True)
 class Parts:
@@ -54,7 +43,6 @@ class Parts:
     held_out: EncodedRankings
     gold_orders: list[Order] | None  # of each held-out ranking, where the true reward is known
     own_samples: tuple[list[str], list[str]]  # prompts, and the starting policy's responses to them
-    num_given: int  # comparisons before those were left out whose responses do not fit
 
 
 def train(
@@ -92,19 +80,16 @@ def train(
         loss=loss,
         evaluate=evaluate,
         quality=lambda metrics: -metrics["eval/loss"],
-        save=parts.reward_model.save,
+        save=lambda folder: parts.reward_model.save(folder, merge=config.lora.merge),
         example=lambda row: asdict(parts.training.rankings[row]),
     )
     with start.run(num_steps=num_steps) as run:
-        num_left_out = parts.num_given - len(parts.training) - len(parts.held_out)
-        if num_left_out:
-            run.progress.tell(
-                f"{num_left_out} of {parts.num_given} comparisons have a response longer than the context: left out."
-            )
+        for line in told_of_lengths(parts.training, parts.held_out):
+            run.progress.tell(line)
         state = fit(parts.module, task, config, config.optimizer, run, num_steps=num_steps, callbacks=callbacks)
         best = normalized(RewardModel.load(run.folder / "best", setting="best", device=accelerator.device), parts)
         outcome = outcome_of(state.before, state.after, best)
-        run.save_model("reward_model", lambda path: save_with_card(best, path, outcome["pairwise_accuracy"]))
+        run.save_model("reward_model", lambda path: save_with_card(best, path, config, outcome))
         summary = run.finish(outcome)
         run.remove("best")  # last: a run that ends before its summary needs it again
         return summary
@@ -123,28 +108,42 @@ def load_parts(
         config, policy, tokenizer, what="the supervised policy that the reward model starts from"
     )
     rows, eval_rows = training_and_held_out(
-        config, data, required=("prompt",), what="comparisons with `prompt`, `chosen` and `rejected`"
+        config,
+        data,
+        what="comparisons with `prompt`, `chosen` and `rejected`",
+        read=lambda rows, setting: comparisons(rows, tokenizer, setting=setting),
+        split=lambda rows: held_out(rows, config.eval_fraction, config.seed, setting="eval_fraction"),
     )
     rankings = rankings_of(rows, setting="data", ties=config.ties)
     eval_rankings = rankings_of(eval_rows, setting="eval_data")
     if gold is None and config.gold is not None:
         gold = load_reward(config.gold, setting="gold")
     policy.to(accelerator.device)
-    prompt_rows = rows if config.prompts is None else load_rows(config.prompts, required=("prompt",), setting="prompts")
+    prompt_rows = rows if config.prompts is None else prompts_given(config.prompts, config)
     own_samples = policy_samples(policy, tokenizer, prompt_rows, config)
-    reward_model = RewardModel(classifier_from(policy), tokenizer)
-    training = fitting(reward_model, rankings, setting="data")
-    held_out = fitting(reward_model, eval_rankings, setting="eval_data")
+    classifier = classifier_from(merged(policy))
+    train_adapter(classifier, config.lora, heads=["score"])
+    reward_model = RewardModel(classifier, tokenizer)
+    limits: dict[str, Any] = {"max_length": config.max_length, "too_long": config.too_long}
+    training = fitting(reward_model, rankings, setting="data", **limits)
+    evaluated = fitting(reward_model, eval_rankings, setting="eval_data", **limits)
     module = ComparisonModule(reward_model.network, policy if config.language_model_coef else None)
     return Parts(
         reward_model=reward_model,
         module=module.to(accelerator.device),
         training=training,
-        held_out=held_out,
-        gold_orders=None if gold is None else [gold_pairs(ranking, gold) for ranking in held_out.rankings],
+        held_out=evaluated,
+        gold_orders=None if gold is None else [gold_pairs(ranking, gold) for ranking in evaluated.rankings],
         own_samples=own_samples,
-        num_given=len(rankings) + len(eval_rankings),
     )
+
+
+def told_of_lengths(*sides: EncodedRankings) -> list[str]:
+    """A line for what was dropped for its length, and one for what was cut."""
+    total = sum(len(side) + side.num_dropped for side in sides)
+    dropped, cut = sum(side.num_dropped for side in sides), sum(side.num_cut for side in sides)
+    lines = [f"{dropped} of {total} comparisons are too long and were left out."] if dropped else []
+    return lines + ([f"{cut} of {total} comparisons lost the beginning of their prompt."] if cut else [])
 
 
 def comparison_loss(
@@ -198,12 +197,18 @@ def classifier_from(policy: PreTrainedModel) -> PreTrainedModel:
     return classifier.to(policy.device)
 
 
+def prompts_given(source: str, config: RewardConfig) -> Rows:
+    """Rows of prompts to normalise on. Of the configuration's columns they need the prompt alone."""
+    columns = {name: given for name, given in config.columns.items() if given == "prompt"}
+    return load_rows(source, required=("prompt",), setting="prompts", columns=columns)
+
+
 def policy_samples(
     policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, config: RewardConfig
 ) -> tuple[list[str], list[str]]:
     """Prompts of the data and the starting policy's responses to them, on which the reward's mean and scale are set."""
     longest = context_length(policy) - config.sampling.max_new_tokens
-    distinct = [{"prompt": text} for text in dict.fromkeys(row["prompt"] for row in rows)]
+    distinct = list({str(row["prompt"]): row for row in rows}.values())
     prompts = Prompts(distinct, tokenizer, longest=longest, setting="prompts")
     chosen = stream(len(prompts), 0, config.normalization_prompts, config.seed).tolist()
     noise = uniform_rows(list(range(len(chosen))), config.sampling.max_new_tokens, config.seed, "normalization")
@@ -231,8 +236,7 @@ def outcome_of(before: dict[str, float], after: dict[str, float], reward_model: 
     }
 
 
-def save_with_card(reward_model: RewardModel, path: Path, accuracy: float) -> None:
+def save_with_card(reward_model: RewardModel, path: Path, config: RewardConfig, outcome: dict[str, float]) -> None:
     """The reward model's folder, with a README that says what its numbers mean."""
-    reward_model.save(path)
-    card = MODEL_CARD.format(mean=reward_model.mean, scale=reward_model.scale, accuracy=accuracy)
-    (path / "README.md").write_text(card, encoding="utf-8")
+    reward_model.save(path, merge=config.lora.merge)
+    (path / "README.md").write_text(model_card("reward", config.policy, outcome), encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,14 +10,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_rlhf.adapters import train_adapter
 from ppo_rlhf.compute import set_up_products
 from ppo_rlhf.config import SFTConfig
 from ppo_rlhf.core import logprobs_of, masked_mean, masked_sum
-from ppo_rlhf.data import text_column
-from ppo_rlhf.errors import UserError
+from ppo_rlhf.data import Example, Examples, demonstrations, prompts_and_completions
+from ppo_rlhf.model_card import model_card
 from ppo_rlhf.models import context_length, evaluating, model_inputs, right_padded, save_policy
 from ppo_rlhf.prompts import Prompts
-from ppo_rlhf.run import SAMPLES_KEPT, begin, share_of
+from ppo_rlhf.run import SAMPLES_KEPT, begin, share_of, write_text
 from ppo_rlhf.sampling import sample
 from ppo_rlhf.seeding import uniform_rows
 from ppo_rlhf.settings import SamplingSettings
@@ -27,14 +27,6 @@ from ppo_rlhf.train.inputs import policy_with_tokenizer, training_and_held_out
 from ppo_rlhf.train.supervised import HeldOut, Task, fit, num_steps_of
 
 EVAL_BATCH = 64  # examples of one forward in evaluation
-
-
-@dataclass(frozen=True)
-class Demonstration:
-    """A tokenised demonstration."""
-
-    ids: list[int]
-    start: int  # tokens from here on are learnt: the completion and eos
 
 
 def train(
@@ -55,50 +47,65 @@ def train(
         return {"finished": config.output_dir}
     accelerator = start.accelerator
     set_up_products(start.matmul_precision, accelerator.device, torch.float32)
+    named = config.policy if policy is None else None
     policy, tokenizer = policy_with_tokenizer(config, policy, tokenizer, what="the language model to start from")
-    rows, eval_rows = training_and_held_out(
-        config, data, required=(), what="demonstrations with `prompt` and `completion`, or `text`"
-    )
     longest = min(config.max_length or 2**31, context_length(policy))
-    demonstrations, num_cut = encode(rows, tokenizer, longest=longest, cut=config.max_length is not None)
-    eval_demonstrations, _ = encode(eval_rows, tokenizer, longest=longest, cut=config.max_length is not None)
-    num_steps = num_steps_of(config, len(demonstrations), accelerator)
+    examples, eval_examples = load_examples(config, data, tokenizer, longest)
+    num_steps = num_steps_of(config, len(examples), accelerator)
+    train_adapter(policy, config.lora)
     policy.to(accelerator.device)
 
+    shown = prompts_and_completions(eval_examples.rows(SAMPLES_KEPT), tokenizer, "data")
+
     def loss(module: nn.Module, batch: Sequence[int], count: Tensor) -> Tensor:
-        logprobs, learnt = completion_logprobs(module, [demonstrations[row] for row in batch], accelerator.device)
+        logprobs, learnt = completion_logprobs(module, [examples[row] for row in batch], accelerator.device)
         return masked_mean(-logprobs, learnt, count=count)
 
     def evaluate() -> HeldOut:
         with evaluating(policy), accelerator.autocast():
             return HeldOut(
-                {"eval/loss": held_out_loss(policy, eval_demonstrations, accelerator)},
-                responses_beside(eval_rows[:SAMPLES_KEPT], policy, tokenizer, longest=longest, seed=config.seed),
+                {"eval/loss": held_out_loss(policy, eval_examples, accelerator)},
+                responses_beside(shown, policy, tokenizer, longest=longest, seed=config.seed),
             )
 
     task = Task(
-        lengths=[len(demonstration.ids) for demonstration in demonstrations],
-        weight=lambda batch: sum(len(demonstrations[row].ids) - demonstrations[row].start for row in batch),
+        lengths=examples.lengths,
+        weight=lambda batch: sum(sum(examples[row].learnt) for row in batch),
         loss=loss,
         evaluate=evaluate,
         quality=lambda metrics: -metrics["eval/loss"],
-        save=lambda folder: save_policy(policy, tokenizer, folder),
-        example=lambda row: dict(rows[row]),
+        save=lambda folder: save_policy(policy, tokenizer, folder, merge=config.lora.merge),
+        example=examples.row,
     )
     with start.run(num_steps=num_steps) as run:
-        if num_cut:
-            run.progress.tell(
-                f"{num_cut} of {len(demonstrations)} demonstrations were cut to max_length={longest} tokens."
-            )
+        for line in examples.told("demonstrations"):
+            run.progress.tell(line)
         state = fit(policy, task, config, config.optimizer, run, num_steps=num_steps, callbacks=callbacks)
         run.promote("best", "policy")
-        return run.finish({"loss_before": state.before["eval/loss"], "loss_after": state.after["eval/loss"]})
+        outcome = {"loss_before": state.before["eval/loss"], "loss_after": state.after["eval/loss"]}
+        if accelerator.is_main_process:
+            write_text(run.folder / "policy" / "README.md", model_card("sft", named, outcome))
+        return run.finish(outcome)
+
+
+def load_examples(
+    config: SFTConfig, data: Iterable[dict[str, Any]] | None, tokenizer: PreTrainedTokenizerBase, longest: int
+) -> tuple[Examples, Examples]:
+    """Demonstrations to train on and held-out ones, in tokens; those longer than `longest` dropped or cut."""
+    too_long = config.too_long or ("refuse" if config.max_length is None else "right")
+    return training_and_held_out(
+        config,
+        data,
+        what="demonstrations with `prompt` and `completion`, or `text`, or `messages`",
+        read=lambda rows, setting: demonstrations(rows, tokenizer, longest=longest, too_long=too_long, setting=setting),
+        split=lambda examples: examples.split(config.eval_fraction, config.seed, setting="eval_fraction"),
+    )
 
 
 @torch.no_grad()
-def held_out_loss(module: nn.Module, demonstrations: Sequence[Demonstration], accelerator: Accelerator) -> float:
+def held_out_loss(module: nn.Module, examples: Sequence[Example], accelerator: Accelerator) -> float:
     """Mean cross-entropy over all learnt tokens of all processes, in nats."""
-    mine = demonstrations[share_of(len(demonstrations), accelerator)]
+    mine = examples[share_of(len(examples), accelerator)]
     totals = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     for start in range(0, len(mine), EVAL_BATCH):
         logprobs, learnt = completion_logprobs(module, mine[start : start + EVAL_BATCH], accelerator.device)
@@ -116,64 +123,26 @@ def responses_beside(
     seed: int,
 ) -> list[dict[str, Any]]:
     """A response of the policy beside each demonstration, by the same noise at every call; none of plain texts."""
-    if "completion" not in rows[0]:
+    if not rows:
         return []
-    prompts = Prompts(rows, tokenizer, longest=longest - 1, setting="data")
+    prompts = Prompts(rows, tokenizer, longest=longest - 1, setting="data", too_long="left")
     room = longest - max(map(len, prompts.ids))
     settings = SamplingSettings(max_new_tokens=min(SamplingSettings.max_new_tokens, room))
     numbers = list(range(len(rows)))
     noise = uniform_rows(numbers, settings.max_new_tokens, seed, "beside demonstrations")
     responses = sample(policy, tokenizer, prompts.batch(numbers, policy.device), settings, noise)
     return [
-        {"prompt": row["prompt"], "demonstration": row["completion"], "response": response, "finished": finished}
-        for row, response, finished in zip(rows, responses.texts, responses.finished.tolist(), strict=True)
+        {"prompt": prompt, "demonstration": row["completion"], "response": response, "finished": finished}
+        for row, prompt, response, finished in zip(
+            rows, prompts.texts, responses.texts, responses.finished.tolist(), strict=True
+        )
     ]
 
 
-def encode(
-    rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, longest: int, cut: bool
-) -> tuple[list[Demonstration], int]:
-    """Demonstrations with eos at their end, from `prompt` and `completion` or from `text`; → and how many were cut.
-
-    Prompt and completion are encoded apart, as they are when the policy responds. Of a plain text everything after its
-    first token is learnt.
-    """
-    if "completion" in rows[0]:
-        prompts = text_column(rows, "prompt", setting="data")
-        completions = text_column(rows, "completion", setting="data")
-        prompt_ids = tokenizer(prompts)["input_ids"]
-        completion_ids = tokenizer(completions, add_special_tokens=False)["input_ids"]
-    elif "text" in rows[0]:
-        prompt_ids = [ids[:1] for ids in tokenizer(text_column(rows, "text", setting="data"))["input_ids"]]
-        completion_ids = [ids[1:] for ids in tokenizer([row["text"] for row in rows])["input_ids"]]
-    else:
-        raise UserError(f"data: demonstrations need `prompt` and `completion`, or `text`; found {', '.join(rows[0])}.")
-    special = set(tokenizer.all_special_ids if "completion" in rows[0] else [])  # a text may well begin with one
-    demonstrations, num_cut = [], 0
-    for index, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
-        ids = [*prompt, *completion, tokenizer.eos_token_id]
-        if special.issuperset(prompt):  # nothing, or nothing said, would predict the first token to learn
-            raise UserError(
-                f"data: the tokenizer finds no token in the text or prompt of demonstration {index}, or special ones "
-                "alone; give it some text, or remove the row."
-            )
-        if len(prompt) >= longest or (len(ids) > longest and not cut):
-            raise UserError(
-                f"data: demonstration {index} has {len(ids)} tokens ({len(prompt)} of them the prompt), but {longest} "
-                "fit: set max_length to cut completions, or shorten the prompt."
-            )
-        num_cut += len(ids) > longest
-        demonstrations.append(Demonstration(ids[:longest], len(prompt)))
-    return demonstrations, num_cut
-
-
-def completion_logprobs(
-    module: nn.Module, demonstrations: Sequence[Demonstration], device: torch.device
-) -> tuple[Tensor, Tensor]:
+def completion_logprobs(module: nn.Module, examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor]:
     """log π of the last T tokens, which hold all completions, (B, T), and the mask of those that are learnt."""
-    ids, mask = right_padded([demonstration.ids for demonstration in demonstrations], device)
-    starts = torch.tensor([demonstration.start for demonstration in demonstrations], device=device)
-    learnt = mask & (torch.arange(ids.shape[1], device=device) >= starts[:, None])
-    steps = ids.shape[1] - int(starts.min())  # the head runs on positions that predict a completion alone
+    ids, mask = right_padded([example.ids for example in examples], device)
+    learnt = right_padded([example.learnt for example in examples], device)[0].bool()
+    steps = ids.shape[1] - min(example.start for example in examples)  # the head runs where a completion is predicted
     output = module(**model_inputs(module, ids, mask), use_cache=False, logits_to_keep=steps + 1)
     return logprobs_of(output.logits[:, -steps - 1 : -1], ids[:, -steps:]), learnt[:, -steps:]

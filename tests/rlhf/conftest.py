@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datasets
 import language_cases as cases
 import pytest
 import tiny_models
@@ -28,7 +29,5 @@ def tokenizer_without_pad():
 @pytest.fixture
 def data_cache(tmp_path, monkeypatch):
     """`datasets` keeps its copies in a folder of this test alone."""
-    import datasets
-
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
     return tmp_path

@@ -7,83 +7,34 @@ import pytest
 import torch
 
 from ppo_rlhf.core import bradley_terry_loss, masked_mean
-from ppo_rlhf.errors import UserError
+from ppo_rlhf.data import Example
 from ppo_rlhf.models import right_padded
 from ppo_rlhf.rewards import ScoringNetwork
 from ppo_rlhf.train.rankings import pair_tensors, rankings_of
 from ppo_rlhf.train.reward_model import ComparisonModule, classifier_from
-from ppo_rlhf.train.sft import Demonstration, completion_logprobs, encode
+from ppo_rlhf.train.sft import completion_logprobs
 
-ROWS = [
-    {"prompt": "the cat", "completion": " sat"},
-    {"prompt": "why is the sea", "completion": " so blue, and so big?"},
-]
+
+def example(ids, *learnt):
+    """An example of which the tokens at some places are learnt."""
+    return Example(ids, [place in learnt for place in range(len(ids))])
+
+
 EXAMPLES = [
-    Demonstration([5, 9, 12, 0], 2),
-    Demonstration([7, 20, 21, 22, 23, 24, 0], 1),
-    Demonstration([3, 3, 40, 41, 8, 33, 0], 6),
-    Demonstration([4, 0, 1, 17, 0], 3),  # eos and pad among the prompt's tokens
+    example([5, 9, 12, 0], 2, 3),
+    example([7, 20, 21, 22, 23, 24, 0], 1, 2, 5, 6),  # between two turns there is another's
+    example([3, 3, 40, 41, 8, 33, 0], 6),
+    example([4, 0, 1, 17, 0], 3, 4),  # eos and pad among the prompt's tokens
 ]
-
-
-def test_a_demonstration_is_prompt_then_completion_then_eos_and_only_the_prompt_is_not_learnt(tokenizer):
-    demonstrations, num_cut = encode(ROWS, tokenizer, longest=48, cut=False)
-    assert num_cut == 0
-    for row, demonstration in zip(ROWS, demonstrations, strict=True):
-        prompt, completion = (tokenizer(row[name])["input_ids"] for name in ("prompt", "completion"))
-        assert demonstration.ids == [*prompt, *completion, tokenizer.eos_token_id]
-        assert demonstration.start == len(prompt)
-
-
-def test_of_a_plain_text_everything_after_its_first_token_is_learnt(tokenizer):
-    (demonstration,), _ = encode([{"text": "the cat sat"}], tokenizer, longest=48, cut=False)
-    assert demonstration.ids == [*tokenizer("the cat sat")["input_ids"], tokenizer.eos_token_id]
-    assert demonstration.start == 1
-
-
-def test_long_demonstrations_are_cut_on_the_right_and_counted(tokenizer):
-    whole, _ = encode(ROWS, tokenizer, longest=48, cut=False)
-    longest = len(whole[1].ids) - 3
-    assert len(whole[0].ids) <= longest
-    demonstrations, num_cut = encode(ROWS, tokenizer, longest=longest, cut=True)
-    assert num_cut == 1
-    assert demonstrations[0] == whole[0]
-    assert demonstrations[1].ids == whole[1].ids[:longest]
-    assert demonstrations[1].ids[-1] != tokenizer.eos_token_id  # a cut completion does not learn to stop there
-
-
-def test_a_demonstration_that_fits_exactly_is_not_cut(tokenizer):
-    whole, _ = encode(ROWS[:1], tokenizer, longest=48, cut=False)
-    again, num_cut = encode(ROWS[:1], tokenizer, longest=len(whole[0].ids), cut=True)
-    assert (again, num_cut) == (whole, 0)
-
-
-@pytest.mark.parametrize(
-    ("rows", "longest", "cut", "message"),
-    [
-        (ROWS, 8, False, "data: demonstration 1 has .* tokens .*, but 8 fit"),
-        ([{"prompt": "abcdefgh", "completion": "x"}], 5, True, r"data: demonstration 0 has .* but 5 fit"),
-        ([{"promt": "a"}], 48, False, "data: demonstrations need `prompt` and `completion`, or `text`; found promt"),
-        ([{"prompt": "a", "completion": " "}], 48, False, "data: row 0, column 'completion' is blank"),
-        ([{"prompt": "a", "completion": None}], 48, False, "data: row 0, column 'completion' is NoneType"),
-        ([{"text": 3}], 48, False, "data: row 0, column 'text' is int"),
-        ([{"completion": "x"}], 48, False, "data: .*'prompt'|data: .*`prompt`"),
-        ([{"prompt": "a", "completion": "x"}, {"prompt": "a"}], 48, False, "data: row 1.*completion"),
-        ([{"prompt": "ЖЖ", "completion": "x"}], 48, False, "data: .*0"),
-    ],
-)
-def test_demonstrations_that_cannot_be_learnt_are_refused_by_name(tokenizer, rows, longest, cut, message):
-    with pytest.raises(UserError, match=message):
-        encode(rows, tokenizer, longest=longest, cut=cut)
 
 
 def test_the_loss_of_a_batch_is_the_mean_over_its_learnt_tokens(architecture):
     model = cases.make_model(architecture)
     logprobs, learnt = completion_logprobs(model, EXAMPLES, torch.device("cpu"))
     expected = [
-        cases.plain_logprobs(model, example.ids[: example.start], example.ids[example.start :]) for example in EXAMPLES
+        cases.plain_logprobs(model, each.ids[:1], each.ids[1:])[torch.tensor(each.learnt[1:])] for each in EXAMPLES
     ]
-    assert learnt.sum(1).tolist() == [len(line) for line in expected] == [2, 6, 1, 2]
+    assert learnt.sum(1).tolist() == [len(line) for line in expected] == [2, 4, 1, 2]
     actual = masked_mean(-logprobs, learnt).double()
     torch.testing.assert_close(actual, -torch.cat(expected).mean(), rtol=0, atol=2e-5)
 
@@ -93,7 +44,7 @@ def test_the_sft_gradient_is_the_same_for_every_split(architecture, size):
     gradients = []
     for pieces in ([EXAMPLES], [EXAMPLES[start : start + size] for start in range(0, 4, size)]):
         model = cases.make_model(architecture).double()
-        count = sum(len(example.ids) - example.start for example in EXAMPLES)
+        count = sum(sum(each.learnt) for each in EXAMPLES)
         for piece in pieces:
             logprobs, learnt = completion_logprobs(model, piece, torch.device("cpu"))
             masked_mean(-logprobs, learnt, count=count).backward()

@@ -320,7 +320,7 @@ def test_responses_to_prompts_that_nearly_fill_the_context_end_where_it_does(mod
 
 def test_long_demonstrations_are_cut_and_counted(models, data, capfd):
     sft.train(sft_config(models, data, num_epochs=0.2, max_length=12))
-    assert "of 32 demonstrations were cut to max_length=12 tokens." in capfd.readouterr().err
+    assert "of 32 demonstrations were cut on the right to max_length=12 tokens." in capfd.readouterr().err
 
 
 def test_the_learning_rate_follows_its_schedule(models, data):
