@@ -65,15 +65,17 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "toy": ({"torch", "transformers", "tokenizers"}, ERRORS | {"core", "rewards"}),
     "train": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW),
     "candidates": ({"torch"}, EVERYTHING_BELOW),
+    "inspection": ({"transformers", "rich"}, EVERYTHING_BELOW | {"train"}),
     "pipeline": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
     "report": ({"jinja2", "matplotlib"}, ERRORS),
     "doctor": ({"rich", "yaml"}, ERRORS),
     "label": ({"jinja2", "markdown_it", "markupsafe", "starlette", "uvicorn"}, ERRORS | {"preferences"}),
     "arguments": ({"jsonargparse", "yaml"}, ERRORS),
     "cli": (
-        {"jsonargparse", "rich"},
+        {"jsonargparse", "rich", "yaml"},
         LIGHT
-        | {"arguments", "candidates", "config", "data", "doctor", "label", "pipeline", "preferences", "report"}
+        | {"arguments", "candidates", "config", "data", "doctor", "inspection", "label", "pipeline", "preferences"}
+        | {"report"}
         | {"run", "train"},
     ),
 }
@@ -259,7 +261,10 @@ loaded = [name for name in {HEAVY!r} if name in sys.modules]
 assert not loaded, loaded
 """
 COMMANDS = {
-    "ppo_rlhf": ["demo", "sft", "reward", "ppo", "pipeline", "doctor", "report", "label", "preferences", "compare"],
+    "ppo_rlhf": [
+        *("demo", "sft", "reward", "ppo", "pipeline", "inspect-data"),
+        *("doctor", "report", "label", "preferences", "compare"),
+    ],
     "classic": ["train", "evaluate", "plot", "compare", "video", "export"],
 }
 
