@@ -25,6 +25,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -76,6 +77,17 @@ def _rounded(base_bits: int) -> dict[str, Any]:
     return {"quantization_config": config}
 
 
+def load_reader(source: str, *, setting: str, trust_remote_code: bool = False) -> tuple[PreTrainedTokenizerBase, int]:
+    """What a policy reads by, without its weights: its tokenizer, as `load_policy` gives it, and its context length."""
+    if is_reference(source):
+        model, tokenizer = load_policy(source, setting=setting)
+        return tokenizer, context_length(model)
+    config = _load(AutoConfig, source, setting, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source, setting=setting, trust_remote_code=trust_remote_code)
+    add_pad_token(tokenizer, setting=setting)
+    return tokenizer, _context_length(config)
+
+
 def load_tokenizer(source: str, *, setting: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or a Hub name. Raises UserError when it cannot be loaded."""
     try:
@@ -98,7 +110,7 @@ def load_classifier(source: str, *, setting: str) -> PreTrainedModel:
     return use_quick_kernels(model)
 
 
-def _load(factory: Any, source: str, setting: str, **options: Any) -> PreTrainedModel:
+def _load(factory: Any, source: str, setting: str, **options: Any) -> Any:
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
     if looks_like_path and not Path(source).is_dir():
         raise UserError(f"{setting}: there is no folder {source}.")
@@ -119,6 +131,16 @@ def tokenizer_with_pad(
 
     Raises UserError for a tokenizer without eos, without which no response could ever stop.
     """
+    add_pad_token(tokenizer, setting=setting)
+    embeddings: Any = model.get_input_embeddings()
+    if len(tokenizer) > embeddings.num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer
+
+
+def add_pad_token(tokenizer: PreTrainedTokenizerBase, *, setting: str) -> None:
+    """Left padding, and a pad token where there is none but eos. Raises UserError for a tokenizer without eos."""
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"{setting}: the tokenizer has no eos token, so no response could stop; set one: tokenizer.eos_token = …"
@@ -126,11 +148,6 @@ def tokenizer_with_pad(
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-    embeddings: Any = model.get_input_embeddings()
-    if len(tokenizer) > embeddings.num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return tokenizer
 
 
 def save_policy(
@@ -291,7 +308,11 @@ def takes_position_ids(model: nn.Module) -> bool:
 
 def context_length(model: PreTrainedModel) -> int:
     """The longest sequence the model can read, in tokens."""
-    return getattr(model.config, "max_position_embeddings", None) or 2**31
+    return _context_length(model.config)
+
+
+def _context_length(config: PreTrainedConfig) -> int:
+    return getattr(config, "max_position_embeddings", None) or 2**31
 
 
 def _first_line(error: Exception) -> str:

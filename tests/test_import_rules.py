@@ -74,6 +74,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "export": ({"torch", "transformers", "huggingface_hub"}, LANGUAGE | {"rewards", "run"}),
     "stepwise": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
     "candidates": ({"torch"}, EVERYTHING_BELOW),
+    "inspection": ({"transformers", "rich"}, EVERYTHING_BELOW | {"train"}),
     "pipeline": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
     "study": ({"torch", "matplotlib"}, {"core"}),
     "report": ({"jinja2", "matplotlib"}, ERRORS),
@@ -81,10 +82,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "label": ({"jinja2", "markdown_it", "markupsafe", "starlette", "uvicorn"}, ERRORS | {"preferences"}),
     "arguments": ({"jsonargparse", "yaml"}, ERRORS),
     "cli": (
-        {"jsonargparse", "rich"},
+        {"jsonargparse", "rich", "yaml"},
         LIGHT
         | {"arguments", "candidates", "config", "data", "doctor", "label", "pipeline", "preferences", "report"}
-        | {"export", "run", "study", "train"},
+        | {"export", "inspection", "run", "study", "train"},
     ),
 }
 
@@ -270,7 +271,7 @@ assert not loaded, loaded
 """
 COMMANDS = {
     "ppo_rlhf": [
-        *("demo", "sft", "reward", "ppo", "pipeline", "doctor", "report", "label", "preferences"),
+        *("demo", "sft", "reward", "ppo", "pipeline", "inspect-data", "doctor", "report", "label", "preferences"),
         *("export", "compare", "study"),
     ],
     "classic": ["train", "evaluate", "plot", "compare", "video", "export"],

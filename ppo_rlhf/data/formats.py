@@ -224,6 +224,15 @@ def first_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids[1:] if ids[:2] == twice and tokenizer(text, add_special_tokens=False)["input_ids"][:2] != twice else ids
 
 
+def prompt_and_response_ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], responses: Sequence[str]
+) -> list[tuple[list[int], list[int]]]:
+    """The tokens of each prompt, and of its response with eos: their border is always a token border."""
+    response_ids = tokenizer(list(responses), add_special_tokens=False)["input_ids"]
+    pairs = zip(prompts, response_ids, strict=True)
+    return [(first_ids(tokenizer, prompt), [*response, int(tokenizer.eos_token_id)]) for prompt, response in pairs]
+
+
 def conversation(value: Any, role: str, where: str) -> list[Message]:
     """Messages; a text is one message of the role. Raises UserError for what is neither, or empty."""
     if isinstance(value, str):

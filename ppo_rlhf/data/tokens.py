@@ -71,8 +71,8 @@ class Examples(Sequence[Example]):
         for row in over:
             if too_long == "refuse" or (too_long == "right" and starts[row] >= longest):
                 raise UserError(
-                    f"{setting}: demonstration {row} has {whole[row]} tokens, {starts[row]} of them before what is "
-                    f"learnt, but {longest} fit: set max_length and too_long, to drop or cut what is longer."
+                    f"{setting}: demonstration {row} has {whole[row]} tokens ({starts[row]} before any is learnt), but "
+                    f"{longest} fit: set max_length and too_long, to drop or cut what is longer."
                 )
         dropped = set(over) if too_long == "drop" else set()
         if len(dropped) == len(numbers):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_rlhf.data import first_ids
+from ppo_rlhf.data import prompt_and_response_ids
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.models import (
     context_length,
@@ -133,7 +133,7 @@ class RewardModel:
             return self._encode_chats(prompts, responses)
         longest = context_length(self.classifier)
         encoded = []
-        for prompt, response in self.encode_apart(prompts, responses):
+        for prompt, response in prompt_and_response_ids(self.tokenizer, prompts, responses):
             if len(response) > longest:
                 raise UserError(f"a response of {len(response) - 1} tokens does not fit the reward model's {longest}.")
             encoded.append([*prompt, *response][-longest:])
@@ -146,13 +146,6 @@ class RewardModel:
         ]
         encoded: Any = self.tokenizer.apply_chat_template(chats, return_dict=True)
         return [ids[-context_length(self.classifier) :] for ids in encoded["input_ids"]]
-
-    def encode_apart(self, prompts: Sequence[str], responses: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        """Token ids of each prompt, and of its response with eos: their border is always a token border."""
-        eos = int(self.tokenizer.eos_token_id)
-        response_ids = self.tokenizer(list(responses), add_special_tokens=False)["input_ids"]
-        pairs = zip(prompts, response_ids, strict=True)
-        return [(first_ids(self.tokenizer, prompt), [*response, eos]) for prompt, response in pairs]
 
     @torch.no_grad()
     def raw_scores(self, encoded: Sequence[Sequence[int]]) -> Tensor:

@@ -84,7 +84,7 @@ def train(
         example=lambda row: asdict(parts.training.rankings[row]),
     )
     with start.run(num_steps=num_steps) as run:
-        for line in told_of_lengths(parts.training, parts.held_out):
+        for line in parts.training.told():
             run.progress.tell(line)
         state = fit(parts.module, task, config, config.optimizer, run, num_steps=num_steps, callbacks=callbacks)
         best = normalized(RewardModel.load(run.folder / "best", setting="best", device=accelerator.device), parts)
@@ -124,9 +124,9 @@ def load_parts(
     classifier = classifier_from(merged(policy))
     train_adapter(classifier, config.lora, heads=["score"])
     reward_model = RewardModel(classifier, tokenizer)
-    limits: dict[str, Any] = {"max_length": config.max_length, "too_long": config.too_long}
-    training = fitting(reward_model, rankings, setting="data", **limits)
-    evaluated = fitting(reward_model, eval_rankings, setting="eval_data", **limits)
+    longest = min(config.max_length or 2**31, context_length(policy))
+    training = fitting(rankings, tokenizer, longest=longest, too_long=config.too_long, setting="data")
+    evaluated = fitting(eval_rankings, tokenizer, longest=longest, too_long=config.too_long, setting="eval_data")
     module = ComparisonModule(reward_model.network, policy if config.language_model_coef else None)
     return Parts(
         reward_model=reward_model,
@@ -136,14 +136,6 @@ def load_parts(
         gold_orders=None if gold is None else [gold_pairs(ranking, gold) for ranking in evaluated.rankings],
         own_samples=own_samples,
     )
-
-
-def told_of_lengths(*sides: EncodedRankings) -> list[str]:
-    """A line for what was dropped for its length, and one for what was cut."""
-    total = sum(len(side) + side.num_dropped for side in sides)
-    dropped, cut = sum(side.num_dropped for side in sides), sum(side.num_cut for side in sides)
-    lines = [f"{dropped} of {total} comparisons are too long and were left out."] if dropped else []
-    return lines + ([f"{cut} of {total} comparisons lost the beginning of their prompt."] if cut else [])
 
 
 def comparison_loss(

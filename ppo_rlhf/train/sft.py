@@ -14,7 +14,7 @@ from ppo_rlhf.adapters import train_adapter
 from ppo_rlhf.compute import set_up_products
 from ppo_rlhf.config import SFTConfig
 from ppo_rlhf.core import logprobs_of, masked_mean, masked_sum
-from ppo_rlhf.data import Example, Examples, demonstrations, prompts_and_completions
+from ppo_rlhf.data import Example, Examples, Row, demonstrations, prompts_and_completions
 from ppo_rlhf.model_card import model_card
 from ppo_rlhf.models import context_length, evaluating, model_inputs, right_padded, save_policy
 from ppo_rlhf.prompts import Prompts
@@ -89,17 +89,24 @@ def train(
 
 
 def load_examples(
-    config: SFTConfig, data: Iterable[dict[str, Any]] | None, tokenizer: PreTrainedTokenizerBase, longest: int
+    config: SFTConfig, data: Iterable[Row] | None, tokenizer: PreTrainedTokenizerBase, longest: int
 ) -> tuple[Examples, Examples]:
-    """Demonstrations to train on and held-out ones, in tokens; those longer than `longest` dropped or cut."""
-    too_long = config.too_long or ("refuse" if config.max_length is None else "right")
+    """Demonstrations to train on and held-out ones, in tokens."""
     return training_and_held_out(
         config,
         data,
         what="demonstrations with `prompt` and `completion`, or `text`, or `messages`",
-        read=lambda rows, setting: demonstrations(rows, tokenizer, longest=longest, too_long=too_long, setting=setting),
+        read=lambda rows, setting: demonstrations_of(config, rows, tokenizer, longest=longest, setting=setting),
         split=lambda examples: examples.split(config.eval_fraction, config.seed, setting="eval_fraction"),
     )
+
+
+def demonstrations_of(
+    config: SFTConfig, rows: list[Row], tokenizer: PreTrainedTokenizerBase, *, longest: int, setting: str
+) -> Examples:
+    """Rows in tokens, those with more than `longest` treated as the configuration says."""
+    too_long = config.too_long or ("refuse" if config.max_length is None else "right")
+    return demonstrations(rows, tokenizer, longest=longest, too_long=too_long, setting=setting)
 
 
 @torch.no_grad()

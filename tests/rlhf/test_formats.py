@@ -11,6 +11,7 @@ from ppo_rlhf.data import comparisons, demonstrations, first_ids, prompt_texts_a
 from ppo_rlhf.data.formats import prompts_and_completions
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.prompts import Prompts
+from ppo_rlhf.train.rankings import fitting, rankings_of
 
 TEXTS = ("the cat sat on the mat.", "a dog ran to the park, and the cat did not.", "system user assistant\n")
 SYSTEM = {"role": "system", "content": "be kind."}
@@ -363,6 +364,31 @@ def test_comparisons_of_texts_stay_as_they_are(tokenizer):
 def test_comparisons_that_cannot_be_read_are_refused_by_name(chat_tokenizer, row, message):
     with pytest.raises(UserError, match=message):
         compared(row, chat_tokenizer)
+
+
+def test_long_comparisons_lose_the_beginning_of_their_prompt_or_are_dropped_and_counted(tokenizer):
+    rows = [
+        {"prompt": "why is the sea so blue, and so big? why, why?", "chosen": "go!", "rejected": "why"},
+        {"prompt": "go", "chosen": "a dog", "rejected": "a dog ran to the park"},
+        {"prompt": "go", "chosen": "a dog", "rejected": "why"},
+    ]
+    rankings = rankings_of(rows, setting="data")
+    whole = fitting(rankings, tokenizer, longest=99, too_long="refuse", setting="data")
+    assert (len(whole), whole.num_cut, whole.num_dropped, whole.told()) == (3, 0, 0, [])
+    longest = len(whole.encoded[1][1]) - 2  # its response alone is longer, by one
+    assert len(tokenizer("a dog ran to the park")["input_ids"]) == longest
+
+    cut = fitting(rankings, tokenizer, longest=longest, too_long="left", setting="data")
+    assert cut.encoded == [[ids[-longest:] for ids in whole.encoded[0]], whole.encoded[2]]
+    assert cut.told() == [
+        "1 of 3 comparisons are too long and were left out.",
+        "1 of 3 comparisons lost the beginning of their prompt.",
+    ]
+    dropped = fitting(rankings, tokenizer, longest=longest, too_long="drop", setting="data")
+    assert dropped.encoded == [whole.encoded[2]]
+    assert dropped.told() == ["2 of 3 comparisons are too long and were left out."]
+    with pytest.raises(UserError, match=f"data: a comparison has .* but {longest} fit; set too_long .*'why is the"):
+        fitting(rankings, tokenizer, longest=longest, too_long="refuse", setting="data")
 
 
 # ------------------------------------------------------------------------------------------------------- prompts
