@@ -79,8 +79,12 @@ def first_ratio(record: Record) -> str | None:
 
 
 def _first_deviation(record: Record) -> float:
-    """Root mean square of log ρ before any step of an update, from its k3 estimate, the largest of the run."""
-    return math.sqrt(2 * max([0.0, *record.series("policy/first_kl")]))
+    """Root mean square of log ρ before any step of an update, from its k3 estimate, the largest of the run.
+
+    Of the first update alone where rollouts are sampled ahead: those after it are meant to differ.
+    """
+    deviations = record.series("policy/first_kl")
+    return math.sqrt(2 * max([0.0, *(deviations[:1] if record.setting("sample_ahead") else deviations)]))
 
 
 def _tolerance(record: Record) -> float:

@@ -87,7 +87,7 @@ def _evaluate_batch(
     columns = parts.eval_prompts.columns_of(numbers)
 
     def scored(reward: RewardFunction) -> Scores:
-        return scores_of(reward, prompts, responses, columns, parts.tokenizer, must_be_finite=must_be_finite)
+        return scores_of(reward, prompts.texts, responses, columns, parts.tokenizer, must_be_finite=must_be_finite)
 
     scores = scored(parts.reward)
     gold = scored(parts.gold).total.tolist() if parts.gold is not None else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,21 +28,27 @@ DIGITS = 5  # of per-token numbers in samples.jsonl
 
 
 class Clock:
-    """Seconds by phase of one step."""
+    """Seconds by phase of one rollout and its update."""
 
-    def __init__(self) -> None:
-        self._start = self._last = time.perf_counter()
-        self._laps: dict[str, float] = {}
+    def __init__(self, laps: Mapping[str, float] | None = None) -> None:
+        """laps: what has passed of each phase already."""
+        self.laps: dict[str, float] = dict(laps or {})
+        self.go_on()
+
+    def go_on(self) -> None:
+        """What passed since the last lap belongs to no phase of this rollout."""
+        self._last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
         """The time since the last lap belongs to this phase."""
         now = time.perf_counter()
-        self._laps[f"time/{phase}"] = now - self._last
+        self.laps[phase] = now - self._last
         self._last = now
 
     def metrics(self, tokens: float) -> dict[str, float]:
         """Seconds by phase, and response tokens a second over all of them."""
-        return {**self._laps, "tokens_per_second": tokens / (self._last - self._start)}
+        seconds = {f"time/{phase}": x for phase, x in self.laps.items()}
+        return {**seconds, "tokens_per_second": tokens / sum(seconds.values())}
 
 
 def rollout_metrics(

@@ -1,5 +1,6 @@
 """A run that was interrupted and resumed ends bit for bit where it would have ended."""
 
+import functools
 import json
 import signal
 import subprocess
@@ -98,8 +99,9 @@ STAGES = {
     "sft": (sft, sft_config, "policy"),
     "reward": (reward_model, reward_config, "reward_model"),
     "ppo": (ppo, ppo_config, "policy"),
+    "ppo ahead": (ppo, functools.partial(ppo_config, sample_ahead=True, overlap_scoring=3), "policy"),
 }
-LINES = {"sft": 9, "reward": 9, "ppo": 7}  # of metrics.jsonl: step 0 and every step
+LINES = {"sft": 9, "reward": 9, "ppo": 7, "ppo ahead": 7}  # of metrics.jsonl: step 0 and every step
 
 
 def without_seconds(summary):
@@ -125,7 +127,7 @@ def test_a_resumed_run_ends_bit_for_bit_where_the_uninterrupted_one_ends(stage, 
     assert same_weights(f"resumed/{model}", f"whole/{model}")
     assert without_seconds(resumed) == without_seconds(whole)
     assert Path("resumed/samples.jsonl").read_bytes() == Path("whole/samples.jsonl").read_bytes()
-    if stage == "ppo":
+    if module is ppo:
         coefs = {row["kl_coef"] for row in metrics_of("whole") if "kl_coef" in row}
         assert len(coefs) == 6  # the adapted coefficient was part of what had to be resumed
 
