@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -18,9 +18,16 @@ from ppo_rlhf.settings import Ties
 
 if TYPE_CHECKING:
     from ppo_rlhf.preferences import Choice, Pair, Store
+    from ppo_rlhf.train.memory_estimate import MemoryEstimate
 
 Outcome = tuple[dict[str, Any], list[str]]  # a summary for programs, and what to tell of it
 DATABASE = "sqlite:///preferences.db"
+
+
+def _add_stage(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--estimate_memory", action="store_true", help="tell what each part will take, load no weights, write nothing"
+    )
 
 
 def _add_run(parser: ArgumentParser) -> None:
@@ -88,9 +95,9 @@ COMMANDS = {
         PipelineConfig,
         default_config=TOY_CONFIG,
     ),
-    "sft": Command("Supervised fine-tuning: demonstrations → policy.", SFTConfig),
-    "reward": Command("Reward modelling: comparisons → reward model.", RewardConfig),
-    "ppo": Command("PPO: prompts and a reward → tuned policy.", PPOConfig),
+    "sft": Command("Supervised fine-tuning: demonstrations → policy.", SFTConfig, add_arguments=_add_stage),
+    "reward": Command("Reward modelling: comparisons → reward model.", RewardConfig, add_arguments=_add_stage),
+    "ppo": Command("PPO: prompts and a reward → tuned policy.", PPOConfig, add_arguments=_add_stage),
     "pipeline": Command("The three stages in order.", PipelineConfig),
     "doctor": Command(
         "Look for what is wrong with a run; exit code 1 where something was found.", add_arguments=_add_doctor
@@ -120,7 +127,8 @@ def _execute(command: str, given: Namespace) -> int | None:
     if command == "doctor":
         return _diagnose(given)
     if settings is not None:
-        summary, lines = _train(command, settings_in(given, settings))
+        work = _estimate_memory if given.get("estimate_memory") else _train
+        summary, lines = work(command, settings_in(given, settings))
     else:
         if "db" in given:
             from ppo_rlhf.data import check_preferences
@@ -145,6 +153,19 @@ def _diagnose(given: Namespace) -> int:
     elif not given.watch or not findings:
         doctor.show(findings, console)
     return 1 if findings else 0
+
+
+def _estimate_memory(command: str, config: Any) -> Outcome:
+    """What the parts of a stage will take."""
+    from ppo_rlhf.train.memory_estimate import estimate_ppo, estimate_reward, estimate_sft
+
+    estimates: dict[str, Callable[[Any], MemoryEstimate]] = {
+        "sft": estimate_sft,
+        "reward": estimate_reward,
+        "ppo": estimate_ppo,
+    }
+    estimate = estimates[command](config)
+    return estimate.as_dict(), estimate.lines()
 
 
 def _train(command: str, config: Any) -> Outcome:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -52,6 +53,31 @@ def load_policy(
     return use_quick_kernels(model), tokenizer_with_pad(model, tokenizer, setting=setting)
 
 
+def policy_without_weights(
+    source: str, *, setting: str, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What `load_policy` gives, on the meta device: shapes and types of the weights, none of which is read.
+
+    A `module:function` must be called for that, and makes its model.
+    """
+    if is_reference(source):
+        model, tokenizer = load_policy(source, setting=setting)
+        return model.to(torch.device("meta")), tokenizer  # type: ignore[arg-type]
+    config = _load(AutoConfig, source, setting, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source, setting=setting, trust_remote_code=trust_remote_code)
+    tokenizer = with_pad_token(tokenizer, setting=setting)
+    config.vocab_size = max(config.vocab_size, len(tokenizer))
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), tokenizer
+
+
+def classifier_without_weights(source: str, *, setting: str) -> PreTrainedModel:
+    """What `load_classifier` gives, on the meta device."""
+    config = _load(AutoConfig, source, setting, num_labels=1)
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(config)
+
+
 def load_tokenizer(source: str, *, setting: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or a Hub name. Raises UserError when it cannot be loaded."""
     try:
@@ -71,7 +97,7 @@ def load_classifier(source: str, *, setting: str) -> PreTrainedModel:
     return use_quick_kernels(model)
 
 
-def _load(factory: Any, source: str, setting: str, **options: Any) -> PreTrainedModel:
+def _load(factory: Any, source: str, setting: str, **options: Any) -> Any:
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
     if looks_like_path and not Path(source).is_dir():
         raise UserError(f"{setting}: there is no folder {source}.")
@@ -88,7 +114,17 @@ def _load(factory: Any, source: str, setting: str, **options: Any) -> PreTrained
 def tokenizer_with_pad(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, setting: str
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer with left padding and a pad token that is not eos; the model's embeddings grow where they must.
+    """`with_pad_token`, and the model's embeddings grow where they must."""
+    tokenizer = with_pad_token(tokenizer, setting=setting)
+    embeddings: Any = model.get_input_embeddings()
+    if len(tokenizer) > embeddings.num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer
+
+
+def with_pad_token(tokenizer: PreTrainedTokenizerBase, *, setting: str) -> PreTrainedTokenizerBase:
+    """The tokenizer with left padding and a pad token that is not eos.
 
     Raises UserError for a tokenizer without eos, without which no response could ever stop.
     """
@@ -99,10 +135,6 @@ def tokenizer_with_pad(
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-    embeddings: Any = model.get_input_embeddings()
-    if len(tokenizer) > embeddings.num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
     return tokenizer
 
 
@@ -132,17 +164,21 @@ def use_quick_kernels(model: PreTrainedModel) -> PreTrainedModel:
     """The same model with quicker parts where it has slow ones; in place, and numerically the same. → the model.
 
     Attention becomes the one that packed batches need, and where a model cannot have it plain matrix products on a CPU:
-    at the lengths that a CPU can train, PyTorch's fused attention is the slower one there. GPT-2's GELU becomes one
-    kernel in place of eight.
+    at the lengths that a CPU can train, PyTorch's fused attention is the slower one there.
     """
     if not use_packed_attention(model) and not torch.accelerator.is_available():
         model.set_attn_implementation("eager")
+    use_fused_gelu(model)
+    setattr(model, PLAIN_HEAD, _computes_plain_logits(model))
+    return model
+
+
+def use_fused_gelu(model: nn.Module) -> None:
+    """GPT-2's GELU, which transformers spells out in eight kernels, becomes one; in place."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))
-    setattr(model, PLAIN_HEAD, _computes_plain_logits(model))
-    return model
 
 
 def has_plain_head(model: nn.Module) -> bool:

@@ -142,7 +142,7 @@ def decode(
     static = device.type == "cuda" if static is None else static
     waiting = sorted(range(num_prompts), key=lambda row: (len(prompts[row]), prompts[row]))  # the last one first
     longest = len(prompts[waiting[-1]]) - 1
-    num_slots, num_columns = _room(settings, num_prompts, longest)
+    num_slots, num_columns = cache_room(settings, num_prompts, longest)
     cache = ColumnCache(
         model.config.get_text_config().num_hidden_layers, num_slots, num_columns, longest, device=device, static=static
     )
@@ -216,7 +216,7 @@ def _check(model: PreTrainedModel, prompts: list[list[int]], settings: SamplingS
         )
 
 
-def _room(settings: SamplingSettings, num_prompts: int, longest: int) -> tuple[int, int]:
+def cache_room(settings: SamplingSettings, num_prompts: int, longest: int) -> tuple[int, int]:
     """How many rows and columns the cache has."""
     num_rows, num_columns = min(settings.batch_size, num_prompts), longest + settings.max_new_tokens
     budget = settings.cached_tokens or num_rows * (num_columns + SPARE_COLUMNS)
