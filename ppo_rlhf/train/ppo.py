@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_rlhf.compute import Compute, peak_memory_gib, set_up_products, use_products
+from ppo_rlhf.compute import Compute, peak_memory_gib, reset_peak_memory, set_up_products, use_products
 from ppo_rlhf.config import MissingEOS, PPOConfig
 from ppo_rlhf.core import (
     Experience,
@@ -106,6 +106,7 @@ def ppo_step(
     compute: Compute,
 ) -> tuple[dict[str, float], list[dict[str, Any]], list[dict[str, Any]]]:
     """One rollout and its update; → the step's metrics, rows for samples.jsonl, and those that spoilt the update."""
+    reset_peak_memory(accelerator.device)
     step, size = state.step, config.batch_size
     mine = share_of(size, accelerator)
     rows = stream(len(parts.prompts), step * size, (step + 1) * size, config.seed)[mine].tolist()
