@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -19,12 +19,20 @@ from ppo_rlhf.settings import Ties
 
 if TYPE_CHECKING:
     from ppo_rlhf.preferences import Choice, Pair, Store
+    from ppo_rlhf.train.memory_estimate import MemoryEstimate
 
 Outcome = tuple[dict[str, Any], list[str]]  # a summary for programs, and what to tell of it
 DATABASE = "sqlite:///preferences.db"
 
 
+def _add_stage(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--estimate_memory", action="store_true", help="tell what each part will take, load no weights, write nothing"
+    )
+
+
 def _add_ppo(parser: ArgumentParser) -> None:
+    _add_stage(parser)
     parser.add_argument("--dry_run", action="store_true", help="show ten samples with their scores, and write nothing")
 
 
@@ -120,8 +128,8 @@ COMMANDS = {
         PipelineConfig,
         default_config=TOY_CONFIG,
     ),
-    "sft": Command("Supervised fine-tuning: demonstrations → policy.", SFTConfig),
-    "reward": Command("Reward modelling: comparisons → reward model.", RewardConfig),
+    "sft": Command("Supervised fine-tuning: demonstrations → policy.", SFTConfig, add_arguments=_add_stage),
+    "reward": Command("Reward modelling: comparisons → reward model.", RewardConfig, add_arguments=_add_stage),
     "ppo": Command("PPO: prompts and a reward → tuned policy.", PPOConfig, add_arguments=_add_ppo),
     "pipeline": Command("The three stages in order.", PipelineConfig),
     "inspect-data": Command(
@@ -163,7 +171,8 @@ def _execute(command: str, given: Namespace) -> int | None:
         _inspect_data(given)
         return None
     if settings is not None:
-        summary, lines = _train(command, settings_in(given, settings))
+        work = _estimate_memory if given.get("estimate_memory") else _train
+        summary, lines = work(command, settings_in(given, settings))
     else:
         if "db" in given:
             from ppo_rlhf.data import check_preferences
@@ -273,6 +282,19 @@ def _stage_reading(given: Namespace, settings: dict[str, Any]) -> str:
     if {"chosen", "rejected", "responses"} & set(found):
         return "reward"
     return "sft" if {"messages", "completion", "text"} & set(found) else "ppo"
+
+
+def _estimate_memory(command: str, config: Any) -> Outcome:
+    """What the parts of a stage will take."""
+    from ppo_rlhf.train.memory_estimate import estimate_ppo, estimate_reward, estimate_sft
+
+    estimates: dict[str, Callable[[Any], MemoryEstimate]] = {
+        "sft": estimate_sft,
+        "reward": estimate_reward,
+        "ppo": estimate_ppo,
+    }
+    estimate = estimates[command](config)
+    return estimate.as_dict(), estimate.lines()
 
 
 def _train(command: str, config: Any) -> Outcome:

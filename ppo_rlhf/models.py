@@ -25,7 +25,6 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -79,13 +78,33 @@ def _rounded(base_bits: int) -> dict[str, Any]:
 
 def load_reader(source: str, *, setting: str, trust_remote_code: bool = False) -> tuple[PreTrainedTokenizerBase, int]:
     """What a policy reads by, without its weights: its tokenizer, as `load_policy` gives it, and its context length."""
+    model, tokenizer = policy_without_weights(source, setting=setting, trust_remote_code=trust_remote_code)
+    return tokenizer, context_length(model)
+
+
+def policy_without_weights(
+    source: str, *, setting: str, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What `load_policy` gives, on the meta device: shapes and types of the weights, none of which is read.
+
+    A `module:function` must be called for that, and makes its model.
+    """
     if is_reference(source):
         model, tokenizer = load_policy(source, setting=setting)
-        return tokenizer, context_length(model)
+        return model.to(torch.device("meta")), tokenizer  # type: ignore[arg-type]
     config = _load(AutoConfig, source, setting, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source, setting=setting, trust_remote_code=trust_remote_code)
     add_pad_token(tokenizer, setting=setting)
-    return tokenizer, _context_length(config)
+    config.vocab_size = max(config.vocab_size, len(tokenizer))
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), tokenizer
+
+
+def classifier_without_weights(source: str, *, setting: str) -> PreTrainedModel:
+    """What `load_classifier` gives, on the meta device."""
+    config = _load(AutoConfig, source, setting, num_labels=1)
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(config)
 
 
 def load_tokenizer(source: str, *, setting: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -212,17 +231,21 @@ def use_quick_kernels(model: PreTrainedModel) -> PreTrainedModel:
     """The same model with quicker parts where it has slow ones; in place, and numerically the same. → the model.
 
     Attention becomes the one that packed batches need, and where a model cannot have it plain matrix products on a CPU:
-    at the lengths that a CPU can train, PyTorch's fused attention is the slower one there. GPT-2's GELU becomes one
-    kernel in place of eight.
+    at the lengths that a CPU can train, PyTorch's fused attention is the slower one there.
     """
     if not use_packed_attention(model) and not torch.accelerator.is_available():
         model.set_attn_implementation("eager")
+    use_fused_gelu(model)
+    setattr(model, PLAIN_HEAD, _computes_plain_logits(model))
+    return model
+
+
+def use_fused_gelu(model: nn.Module) -> None:
+    """GPT-2's GELU, which transformers spells out in eight kernels, becomes one; in place."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))
-    setattr(model, PLAIN_HEAD, _computes_plain_logits(model))
-    return model
 
 
 def has_plain_head(model: nn.Module) -> bool:
@@ -308,11 +331,7 @@ def takes_position_ids(model: nn.Module) -> bool:
 
 def context_length(model: PreTrainedModel) -> int:
     """The longest sequence the model can read, in tokens."""
-    return _context_length(model.config)
-
-
-def _context_length(config: PreTrainedConfig) -> int:
-    return getattr(config, "max_position_embeddings", None) or 2**31
+    return getattr(model.config, "max_position_embeddings", None) or 2**31
 
 
 def _first_line(error: Exception) -> str:

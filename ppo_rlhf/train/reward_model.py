@@ -107,6 +107,31 @@ def load_parts(
     policy, tokenizer = policy_with_tokenizer(
         config, policy, tokenizer, what="the supervised policy that the reward model starts from"
     )
+    longest = min(config.max_length or 2**31, context_length(policy))
+    rows, training, evaluated = load_rankings(config, data, tokenizer, longest)
+    if gold is None and config.gold is not None:
+        gold = load_reward(config.gold, setting="gold")
+    policy.to(accelerator.device)
+    prompt_rows = rows if config.prompts is None else prompts_given(config.prompts, config)
+    own_samples = policy_samples(policy, tokenizer, prompt_rows, config)
+    classifier = classifier_from(merged(policy))
+    train_adapter(classifier, config.lora, heads=["score"])
+    reward_model = RewardModel(classifier, tokenizer)
+    module = ComparisonModule(reward_model.network, policy if config.language_model_coef else None)
+    return Parts(
+        reward_model=reward_model,
+        module=module.to(accelerator.device),
+        training=training,
+        held_out=evaluated,
+        gold_orders=None if gold is None else [gold_pairs(ranking, gold) for ranking in evaluated.rankings],
+        own_samples=own_samples,
+    )
+
+
+def load_rankings(
+    config: RewardConfig, data: Iterable[dict[str, Any]] | None, tokenizer: PreTrainedTokenizerBase, longest: int
+) -> tuple[Rows, EncodedRankings, EncodedRankings]:
+    """The rows to train on, and rankings to train on and held-out ones, in tokens; none longer than `longest`."""
     rows, eval_rows = training_and_held_out(
         config,
         data,
@@ -116,25 +141,11 @@ def load_parts(
     )
     rankings = rankings_of(rows, setting="data", ties=config.ties)
     eval_rankings = rankings_of(eval_rows, setting="eval_data")
-    if gold is None and config.gold is not None:
-        gold = load_reward(config.gold, setting="gold")
-    policy.to(accelerator.device)
-    prompt_rows = rows if config.prompts is None else prompts_given(config.prompts, config)
-    own_samples = policy_samples(policy, tokenizer, prompt_rows, config)
-    classifier = classifier_from(merged(policy))
-    train_adapter(classifier, config.lora, heads=["score"])
-    reward_model = RewardModel(classifier, tokenizer)
-    longest = min(config.max_length or 2**31, context_length(policy))
-    training = fitting(rankings, tokenizer, longest=longest, too_long=config.too_long, setting="data")
-    evaluated = fitting(eval_rankings, tokenizer, longest=longest, too_long=config.too_long, setting="eval_data")
-    module = ComparisonModule(reward_model.network, policy if config.language_model_coef else None)
-    return Parts(
-        reward_model=reward_model,
-        module=module.to(accelerator.device),
-        training=training,
-        held_out=evaluated,
-        gold_orders=None if gold is None else [gold_pairs(ranking, gold) for ranking in evaluated.rankings],
-        own_samples=own_samples,
+    limits: dict[str, Any] = {"longest": longest, "too_long": config.too_long}
+    return (
+        rows,
+        fitting(rankings, tokenizer, setting="data", **limits),
+        fitting(eval_rankings, tokenizer, setting="eval_data", **limits),
     )
 
 
