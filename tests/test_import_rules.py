@@ -263,8 +263,19 @@ loaded = [name for name in {HEAVY!r} if name in sys.modules]
 assert not loaded, loaded
 """
 COMMANDS = {
-    "ppo_rlhf": ["demo", "sft", "reward", "ppo", "pipeline", "doctor", "report", "label", "preferences"]
-    + ["export", "compare"],
+    "ppo_rlhf": [
+        "demo",
+        "sft",
+        "reward",
+        "ppo",
+        "pipeline",
+        "doctor",
+        "report",
+        "label",
+        "preferences",
+        "export",
+        "compare",
+    ],
     "classic": ["train", "evaluate", "plot", "compare", "video", "export"],
 }
 
