@@ -56,6 +56,7 @@ def several_stops():
     return (0, 2, 3, 4, 17, 30)
 
 
+@cases.every_architecture
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_cached_sampler_equals_a_slow_loop_token_by_token(architecture, tokenizer, several_stops, temperature):
     model = cases.make_model(architecture)
