@@ -83,9 +83,21 @@ def evaluate(
 
 
 @torch.no_grad()
-def play(envs: Environments, policy: Policy, *, episodes: int, seed: int, deterministic: bool = True) -> Outcome:
+def play(
+    envs: Environments,
+    policy: Policy,
+    *,
+    episodes: int,
+    seed: int,
+    deterministic: bool = True,
+    longest: int = LONGEST_EPISODE,
+    watch: Callable[[Any, Tensor, Tensor, Tensor], None] | None = None,
+) -> Outcome:
     """Runs the episodes. Environment i plays episodes i, i + N, …, however long they are, so that short ones do not
-    crowd out long ones; one that outlasts 27,000 decisions counts as over.
+    crowd out long ones; one that outlasts `longest` decisions counts as over.
+
+    watch: sees of each decision the observations (N, …), the environments' actions (N, …), the rewards (N,), and where
+    (N,) bool it belongs to an episode that counts.
     """
     device = envs.device
     noise = keyed_generator(seed, "evaluation", device=device)
@@ -98,13 +110,15 @@ def play(envs: Environments, policy: Policy, *, episodes: int, seed: int, determ
     returns_found, lengths_found = [], []
     while (due > 0).any():
         drawn = None if deterministic else policy.distribution.noise(1, envs.num_envs, generator=noise)[0]
-        actions = policy.decide(observations, drawn, memory, mask)
-        step = envs.step(policy.distribution.to_environment(actions))
+        actions = policy.distribution.to_environment(policy.decide(observations, drawn, memory, mask))
+        step = envs.step(actions)
+        if watch is not None:
+            watch(observations, actions, step.rewards, step.decided & (due > 0))
         observations, mask = step.observations, step.action_mask
         totals += torch.where(step.decided, step.rewards, 0)
         lengths += step.decided
         ended = step.terminated | step.truncated
-        over = ended | (lengths >= LONGEST_EPISODE)
+        over = ended | (lengths >= longest)
         counted = over & (due > 0)
         returns_found.append(totals[counted])
         lengths_found.append(lengths[counted])

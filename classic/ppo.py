@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from classic.config import TrainConfig
 from classic.envs import IN_TORCH, Environments, make_environments
 from classic.evaluate import Evaluator
+from classic.pictures import Painter, painter_of
 from classic.policy import Policy, load, require_spaces
 from classic.presets import preset_for
 from classic.rollout import Collector, Trajectory, experience_of
@@ -104,14 +105,19 @@ def run(
             device=learner.policy.device,
         )
         closing.callback(judge.close)
+        painter = painter_of(env, learner.policy, config)
+        if painter is not None:
+            closing.callback(painter.close)
         with start.run(num_steps=config.num_updates) as folder:
             state = folder.resume()
             if state is None:
                 state = LoopState(kl_coef=config.penalty.kl_coef, before=judge(learner.policy).metrics)
+                paint(folder, learner, painter, state)
             elif state.tensors:
                 learner.collector.load_state_dict(state.tensors)
             while state.step < config.num_updates:
                 state, metrics = improve(learner, state)
+                paint(folder, learner, painter, state)
                 state = evaluate_and_save(folder, learner, judge, state, metrics)
                 for callback in callbacks:
                     callback(state.step, metrics)
@@ -218,6 +224,14 @@ def episode_metrics(trajectory: Trajectory, experience: Experience) -> dict[str,
     if count:
         found |= {"episode/return": total / count, "episode/length": length / count}
     return {**found, "episodes": count}
+
+
+def paint(run: Run, learner: Learner, painter: Painter | None, state: LoopState) -> None:
+    """A picture of the untrained policy, and `config.pictures` more evenly over the run, the last of the final one."""
+    if painter is not None:
+        updates, pictures = learner.config.num_updates, learner.config.pictures
+        if state.step == 0 or state.step * pictures // updates > (state.step - 1) * pictures // updates:
+            run.log_policy_picture(state.step, painter(learner.policy))
 
 
 def evaluate_and_save(
