@@ -65,7 +65,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "train": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW),
     "candidates": ({"torch"}, EVERYTHING_BELOW),
     "pipeline": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
-    "report": ({"jinja2", "matplotlib"}, ERRORS),
+    "report": ({"bokeh", "jinja2", "markupsafe", "matplotlib"}, ERRORS),
     "doctor": ({"rich", "yaml"}, ERRORS),
     "label": ({"jinja2", "markdown_it", "markupsafe", "starlette", "uvicorn"}, ERRORS | {"preferences"}),
     "arguments": ({"jsonargparse", "yaml"}, ERRORS),
@@ -245,7 +245,8 @@ def test_the_core_switches_no_gradient_off():
 
 # ---------------------------------------------------------------------------------------------------- start-up
 
-HEAVY = ("torch", "transformers", "numpy", "datasets", "accelerate", "matplotlib", "gymnasium", "sqlalchemy", "uvicorn")
+HEAVY = ("torch", "transformers", "numpy", "datasets", "accelerate", "matplotlib", "bokeh", "gymnasium", "sqlalchemy")
+HEAVY += ("uvicorn",)
 HELP = f"""
 import contextlib, importlib, io, sys
 program, *words = sys.argv[1:]
