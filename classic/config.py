@@ -126,7 +126,7 @@ class TrainConfig:
     """Environment steps between evaluations; 0: only at the end."""
     eval_episodes: int = 20
     """Episodes of an evaluation, on environments of their own."""
-    pictures: int = 10
+    pictures: int = 6
     """Pictures of the policy for the report, spread evenly over the run, where its state can be drawn; 0: none."""
     save_every: int = 50_000
     """Environment steps between checkpoints, which take some 50 ms; 0: only at the end."""

@@ -25,7 +25,7 @@ from ppo_rlhf.seeding import keyed_seed
 POINTS = 41  # along each side of a plane: odd, so that rest is one of them
 ARROWS = 15  # along each side, where a step leads
 EPISODES = 3
-LONGEST = 200  # decisions of an episode that are played: most of what a picture costs
+LONGEST = 150  # decisions of an episode that are played: most of what a picture costs
 DIGITS = 7  # after the point
 
 

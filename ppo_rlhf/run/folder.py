@@ -142,9 +142,19 @@ class Run:
     """One run folder being written, as a context: `with Run(…) as run:`. Only the main process writes; all call."""
 
     def __init__(
-        self, folder: Path, config: Any, *, kind: str, accelerator: Accelerator, num_steps: int, started: float
+        self,
+        folder: Path,
+        config: Any,
+        *,
+        kind: str,
+        accelerator: Accelerator,
+        num_steps: int,
+        started: float,
+        quiet: bool = False,
     ) -> None:
-        """Makes the folder, or takes up the run in it. started: time.monotonic() when the stage began."""
+        """Makes the folder, or takes up the run in it. started: time.monotonic() when the stage began. quiet: shows no
+        progress.
+        """
         self.folder = folder
         self.config = config
         self.accelerator = accelerator
@@ -164,7 +174,7 @@ class Run:
         accelerator.wait_for_everyone()
         if accelerator.log_with:
             accelerator.init_trackers(kind)
-        self.progress = StepProgress(kind, num_steps, enabled=accelerator.is_main_process)
+        self.progress = StepProgress(kind, num_steps, enabled=accelerator.is_main_process, quiet=quiet)
 
     def resume(self) -> LoopState | None:
         """Loads the last good checkpoint and forgets what was logged after it; None where there is none."""

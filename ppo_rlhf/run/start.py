@@ -24,8 +24,8 @@ class Start:
     accelerator: Accelerator
     time: float  # time.monotonic() when it began
 
-    def run(self, *, num_steps: int) -> Run:
-        """The run folder, made or taken up: what follows may write."""
+    def run(self, *, num_steps: int, quiet: bool = False) -> Run:
+        """The run folder, made or taken up: what follows may write. quiet: shows no progress."""
         return Run(
             self.folder,
             self.config,
@@ -33,6 +33,7 @@ class Start:
             accelerator=self.accelerator,
             num_steps=num_steps,
             started=self.time,
+            quiet=quiet,
         )
 
 
