@@ -236,7 +236,8 @@ def paint(run: Run, learner: Learner, painter: Painter | None, state: LoopState)
     if painter is not None:
         updates, pictures = learner.config.num_updates, learner.config.pictures
         if state.step == 0 or state.step * pictures // updates > (state.step - 1) * pictures // updates:
-            run.log_policy_picture(state.step, painter(learner.policy))
+            steps = state.step * learner.config.num_envs * learner.config.horizon
+            run.log_policy_picture(state.step, {"steps": steps, **painter(learner.policy)})
 
 
 def evaluate_and_save(

@@ -69,9 +69,9 @@ SYSTEMS = {
     "CartPole": System(
         variables=(
             Variable("position", "m", -2.4, 2.4),
-            Variable("velocity", "m/s", -3.0, 3.0),
+            Variable("velocity", "m/s", -2.0, 2.0),
             Variable("pole angle", "rad", -0.21, 0.21),
-            Variable("angular velocity", "rad/s", -3.0, 3.0),
+            Variable("angular velocity", "rad/s", -2.0, 2.0),
         ),
         planes=((2, 3), (0, 1)),
         actions=("push left", "push right"),
