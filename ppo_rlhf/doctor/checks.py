@@ -141,7 +141,7 @@ def reward_hacking(record: Record) -> str | None:
 def _repetition(record: Record) -> list[float]:
     """Of each sampled response, the share of its token pairs that it had before."""
     shares = []
-    for row in record.samples:
+    for row in [row for row in record.samples if row.get("kind") == "rollout"]:
         pairs = list(zip(row.get("tokens", ()), row.get("tokens", ())[1:], strict=False))
         if pairs:
             shares.append(1 - len(set(pairs)) / len(pairs))
