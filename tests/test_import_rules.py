@@ -65,8 +65,9 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "train": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW),
     "candidates": ({"torch"}, EVERYTHING_BELOW),
     "pipeline": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
-    "report": ({"bokeh", "jinja2", "markupsafe", "matplotlib", "numpy", "yaml"}, ERRORS),
-    "doctor": ({"rich", "yaml"}, ERRORS),
+    "records": ({"yaml"}, ERRORS),
+    "report": ({"bokeh", "jinja2", "markupsafe", "numpy", "yaml"}, ERRORS | {"records"}),
+    "doctor": ({"rich"}, ERRORS | {"records"}),
     "label": ({"jinja2", "markdown_it", "markupsafe", "starlette", "uvicorn"}, ERRORS | {"preferences"}),
     "arguments": ({"jsonargparse", "yaml"}, ERRORS),
     "cli": (

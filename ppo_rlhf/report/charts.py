@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from bokeh.embed import components
-from bokeh.models import ColumnDataSource, CrosshairTool, HoverTool
+from bokeh.models import ColumnDataSource, CrosshairTool, HoverTool, NumeralTickFormatter
 from bokeh.plotting import figure
 from bokeh.resources import Resources
 from markupsafe import Markup
@@ -141,6 +141,7 @@ def _style(drawn: Any) -> None:
     drawn.background_fill_alpha = drawn.border_fill_alpha = 0
     drawn.outline_line_alpha = 0
     drawn.xgrid.visible = False
+    drawn.xaxis.formatter = NumeralTickFormatter(format="0.[0]a")  # 150k
     for axis in drawn.axis:
         axis.minor_tick_line_alpha = 0
         axis.major_tick_in, axis.major_tick_out = 0, 4

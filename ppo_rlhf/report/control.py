@@ -1,349 +1,197 @@
-"""The report of control runs: returns, the other curves, and pictures of the policy, from what `classic` wrote.
-
-One run, several seeds of it (a line in a band), several algorithms or settings, and several environments, each apart.
-"""
+"""What the report tells of control runs: returns and other curves over environment steps, pictures of the policy."""
 
 from __future__ import annotations
 
-import json
 import math
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import numpy as np
-import yaml
-from jinja2 import Environment, FileSystemLoader, select_autoescape
-from markupsafe import Markup
 
-from ppo_rlhf.errors import UserError
-from ppo_rlhf.report.charts import Chart, Series, colours_of, draw
+from ppo_rlhf.records import Record
+from ppo_rlhf.report.charts import Chart, Series
+from ppo_rlhf.report.curves import POINTS, spread
+from ppo_rlhf.report.groups import Group
+from ppo_rlhf.report.outcome import means_of, shown_number
 
-HERE = Path(__file__).parent
-# Settings in which runs may differ and still be seeds of one another.
-OF_NO_WEIGHT = {"seed", "output_dir", "resume", "log_with", "eval_every", "pictures", "save_every", "keep_checkpoints"}
 DIGITS = 3  # of a picture's numbers
+KL_TARGETS = {"penalty": "penalty.kl_target", "trpo": "trust_region.max_kl"}  # by algorithm
 
-Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class ControlRun:
-    """What a run folder of `classic` holds."""
-
-    folder: Path
-    config: Mapping[str, Any]
-    metrics: Sequence[Row]
-    summary: Mapping[str, Any]  # empty while it is not finished
-    pictures: Sequence[Row]  # empty where the state cannot be drawn
-
-    @property
-    def environment(self) -> str:
-        """Its id."""
-        return str(self.config.get("env_id", ""))
-
-    def points(self, name: str) -> tuple[list[float], list[float]]:
-        """Environment steps and values of a metric; a value that was not finite leaves a gap."""
-        rows = [row for row in self.metrics if name in row and "steps" in row]
-        return [row["steps"] for row in rows], [math.nan if row[name] is None else row[name] for row in rows]
+Level = tuple[str, float]  # a line across a whole chart
+Points = tuple[list[float], list[float]]  # environment steps and values
 
 
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ in their seeds alone."""
-
-    name: str
-    runs: Sequence[ControlRun]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A metric that has a chart."""
-
-    metrics: tuple[str, ...]  # the first that a run has
-    title: str
-    unit: str = ""
-    evaluated: str = ""  # the metric of evaluations, shown as dots
-    level: Callable[[ControlRun], tuple[str, float] | None] = lambda run: None  # a line across, with its name
-
-
-def _solved(run: ControlRun) -> tuple[str, float] | None:
-    level = run.summary.get("return_solved")
+def _solved(record: Record) -> Level | None:
+    level = record.summary.get("return_solved")
     return None if level is None else ("solved", level)
 
 
-def _kl_target(run: ControlRun) -> tuple[str, float] | None:
-    where = {"penalty": ("penalty", "kl_target"), "trpo": ("trust_region", "max_kl")}
-    if run.config.get("algorithm") not in where:
-        return None
-    group, name = where[run.config["algorithm"]]
-    return f"{run.config['algorithm']}'s {name}", run.config[group][name]
+def _kl_target(record: Record) -> Level | None:
+    setting = KL_TARGETS.get(record.config.get("algorithm", ""))
+    return None if setting is None else (setting, record.setting(setting))
+
+
+@dataclass(frozen=True)
+class ControlCurve:
+    """A metric's chart over environment steps: a line of rollouts, dots of evaluations, lines across."""
+
+    title: str
+    metrics: tuple[str, ...]  # the first that a run has
+    unit: str = ""
+    evaluated: str = ""
+    level: Callable[[Record], Level | None] = lambda record: None
 
 
 CURVES = (
-    Curve(("episode/return",), "Return of the episodes that ended", "", "eval/return", _solved),
-    Curve(("episode/length",), "Length of the episodes that ended", "decisions", "eval/length"),
-    Curve(("policy/kl", "policy/approx_kl"), "KL(old‖new) of an update", "nats a decision", level=_kl_target),
-    Curve(("kl_coef",), "β, the KL penalty's coefficient"),
-    Curve(("policy/clip_fraction",), "Share of decisions that were clipped"),
-    Curve(("objective/entropy",), "Entropy of the policy", "nats a decision"),
-    Curve(("value/explained_variance",), "Explained variance of the values"),
-    Curve(("loss/value",), "Value loss"),
-    Curve(("grad_norm",), "Norm of the gradient"),
-    Curve(("lr",), "Learning rate"),
-    Curve(("steps_per_second",), "Speed", "steps a second"),
+    ControlCurve("Return", ("episode/return",), "mean of the episodes that ended", "eval/return", _solved),
+    ControlCurve("Episode length", ("episode/length",), "decisions", "eval/length"),
+    ControlCurve("KL(old‖new) of an update", ("policy/kl", "policy/approx_kl"), "nats a decision", level=_kl_target),
+    ControlCurve("KL penalty’s coefficient β", ("kl_coef",)),
+    ControlCurve("Clip fraction", ("policy/clip_fraction",), "share of decisions"),
+    ControlCurve("Entropy", ("objective/entropy",), "nats a decision"),
+    ControlCurve("Explained variance of the values", ("value/explained_variance",)),
+    ControlCurve("Value loss", ("loss/value",)),
+    ControlCurve("Gradient norm", ("grad_norm",)),
+    ControlCurve("Learning rate", ("lr",)),
+    ControlCurve("Speed", ("steps_per_second",), "steps a second"),
 )
 
 
-# ------------------------------------------------------------------------------------------------------- reading
-
-
-def control_folders(folder: Path) -> list[Path]:
-    """The control runs in a folder: itself, or those of a comparison; none where it holds other things."""
-    places = [folder, *sorted(folder.glob("*/*/seed-*"), key=_by_numbers)]
-    return [place for place in places if _is_control(place)]
-
-
-def write_control_report(folders: Sequence[Path], target: Path) -> Path:
-    """One report of all these runs; → where it is. Raises UserError for a run that has measured nothing yet."""
-    runs = [read_run(folder) for folder in dict.fromkeys(folders)]
-    by_environment = [
-        (name, groups_of([run for run in runs if run.environment == name]))
-        for name in dict.fromkeys(run.environment for run in runs)
-    ]
-    charts = {name: charts_of(groups) for name, groups in by_environment}
-    all_charts = [chart for each in charts.values() for chart in each]
-    names = list(dict.fromkeys(series.name for chart in all_charts for series in chart.series))
-    colours = dict(zip(names, colours_of(names), strict=True))
-    drawn = draw(all_charts, names)
-    places = iter(drawn.places)
-    sections = [
-        {
-            **section_of(groups),
-            "environment": name,
-            "charts": [(chart, next(places)) for chart in charts[name]],
-            "legend": {each.name: colours[each.name] for chart in charts[name] for each in chart.series}.items(),
-        }
-        for name, groups in by_environment
-    ]
-    environment = Environment(loader=FileSystemLoader(HERE / "templates"), autoescape=select_autoescape())
-    page = environment.get_template("control.html").render(
-        title=" and ".join(charts),
-        sections=sections,
-        drawn=drawn,
-        style=_inlined("control.css", "pictures.css"),
-        script=_inlined("pictures.js"),
-        source=", ".join(str(run.folder) for run in runs),
-    )
-    target.write_text(page, encoding="utf-8")
-    return target
-
-
-def _inlined(*names: str) -> Markup:
-    return Markup("".join((HERE / "static" / name).read_text(encoding="utf-8") for name in names))
-
-
-def read_run(folder: Path) -> ControlRun:
-    """Raises UserError for a run that has measured nothing yet."""
-    metrics = _lines(folder / "metrics.jsonl")
-    if not metrics:
-        raise UserError(f"{folder} holds no run to report on: it has measured nothing yet.")
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    summary = folder / "summary.json"
-    return ControlRun(
-        folder,
-        config,
-        metrics,
-        json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {},
-        _lines(folder / "policy_pictures.jsonl"),
-    )
-
-
-def _is_control(folder: Path) -> bool:
-    path = folder / "environment.json"
-    return path.exists() and json.loads(path.read_text(encoding="utf-8")).get("stage") == "classic"
-
-
-def _by_numbers(path: Path) -> list[Any]:
-    """Sorts seed-2 before seed-10."""
-    return [*path.parts[:-1], int(path.name.rpartition("-")[2]) if path.name[5:].isdigit() else 0]
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file, but for one that a crash cut off."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
-# ------------------------------------------------------------------------------------------------------- sections
-
-
-def section_of(groups: Sequence[Group]) -> dict[str, Any]:
-    """What the page shows of one environment's runs beside their charts."""
-    configs = [(group.name, dict(group.runs[0].config)) for group in groups]
-    return {
-        "outcome": [outcome_of(group, named=len(groups) > 1) for group in groups],
-        "pictures": [pictures_of(group) for group in groups if group.runs[0].pictures],
-        "groups": [group.name for group in groups],
-        "differences": differences_of(groups),
-        "configs": [(name, yaml.safe_dump(config, sort_keys=False, allow_unicode=True)) for name, config in configs],
-    }
-
-
-def groups_of(runs: Sequence[ControlRun]) -> list[Group]:
-    """Runs that differ in nothing of weight, named by algorithm; by folder too where that is not enough."""
-    groups: dict[str, list[ControlRun]] = {}
-    for run in runs:
-        weighty = {name: value for name, value in run.config.items() if name not in OF_NO_WEIGHT}
-        groups.setdefault(json.dumps(weighty, sort_keys=True, default=str), []).append(run)
-    names = [str(members[0].config.get("algorithm", "run")) for members in groups.values()]
-    return [
-        Group(name if names.count(name) == 1 else f"{name}, {members[0].folder}", members)
-        for name, members in zip(names, groups.values(), strict=True)
-    ]
-
-
-def outcome_of(group: Group, *, named: bool) -> str:
-    """How it ended, in one sentence."""
-    finished = [run.summary for run in group.runs if run.summary]
-    start = f"{group.name}: the" if named else "The"
+def sentence_of(group: Group) -> str:
+    """What came of a group's runs, in one sentence; means over seeds where there are several."""
+    finished = [record.summary for record in group.records if record.finished]
     if not finished:
-        steps = max(row["steps"] for run in group.runs for row in run.metrics)
-        return f"{start} run is not finished: it has come to {steps:,} steps."
-    before, after = (statistics.fmean(each[name] for each in finished) for name in ("return_before", "return_after"))
-    spread = finished[0]["return_std_after"]
-    over = "over the episodes of its last evaluation"
-    if len(finished) > 1:
-        spread = statistics.stdev(each["return_after"] for each in finished)
-        over = f"over {len(finished)} seeds"
-    solved = finished[0].get("return_solved")
-    verdict = "" if solved is None else f"; solved ({solved:g})" if after >= solved else f"; not solved ({solved:g})"
-    seconds = statistics.fmean(each["seconds"] for each in finished)
+        steps = max((row.get("steps", 0) for record in group.records for row in record.rows), default=0)
+        return f"The run on {group.stage} has not finished: this is what it wrote up to step {steps:,}."
+    numbers = means_of(group)
+    before, after = (shown_number(numbers[f"return_{when}"], ".1f") for when in ("before", "after"))
+    spread, over = numbers["return_std_after"], "over episodes"
+    returns = [each["return_after"] for each in finished]
+    if len(returns) > 1:
+        spread, over = None if None in returns else stdev(returns), f"over {len(returns)} seeds"
     return (
-        f"{start} mean return went from {before:.1f} to {after:.1f} ± {spread:.1f} {over}, in "
-        f"{finished[0]['steps']:,} steps and {seconds:.0f} s{verdict}."
+        f"{group.name} took {group.stage} from a mean return of {before} to {after} ± {shown_number(spread, '.1f')} "
+        f"{over}, in {numbers['steps']:,.0f} steps and {numbers['seconds']:.0f} seconds{_verdict(numbers)}."
     )
 
 
-def differences_of(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
-    """The settings in which the groups differ, each with its value in every one."""
-    flat = [dict(_flat(group.runs[0].config)) for group in groups]
-    names = [name for name in dict.fromkeys(name for each in flat for name in each) if name not in OF_NO_WEIGHT]
-    rows = [(name, [json.dumps(each.get(name), ensure_ascii=False) for each in flat]) for name in names]
-    return [(name, values) for name, values in rows if len(set(values)) > 1]
+def _verdict(numbers: dict[str, float | None]) -> str:
+    level, after = numbers.get("return_solved"), numbers["return_after"]
+    if level is None or after is None:
+        return ""
+    return f": {'solved' if after >= level else 'not solved yet'}, which takes {level:g}"
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-# --------------------------------------------------------------------------------------------------------- charts
+# --------------------------------------------------------------------------------------------------------- curves
 
 
 def charts_of(groups: Sequence[Group]) -> list[Chart]:
-    """The curves that these runs have."""
-    return [chart for curve in CURVES if (chart := chart_of(curve, groups)) is not None]
+    """The charts of one environment's groups: each group's mean over its seeds, lowest to highest as a band."""
+    charts = []
+    for curve in CURVES:
+        lines = [line for group in groups if (line := _line(group, curve)) is not None]
+        if lines:
+            dots = [each for group in groups for each in _dots(group, curve.evaluated)]
+            series = (*lines, *dots, *_levels(groups, curve, lines))
+            charts.append(Chart(curve.title, series, "steps", curve.unit))
+    return charts
 
 
-def chart_of(curve: Curve, groups: Sequence[Group]) -> Chart | None:
-    """A line for each group, with the range of its seeds as a band; dots of evaluations; None where nothing moved."""
-    series: list[Series] = []
-    for group in groups:
-        members = [
-            points for run in group.runs if any((points := _points(run, curve))[1])
-        ]  # β is 0 where there is none
-        if members:
-            series.append(_line(group.name, members))
-    if not series:
+def level_names(charts: Sequence[Chart], groups: Sequence[Group]) -> list[str]:
+    """The series that are no group's: the lines across."""
+    known = {group.name for group in groups}
+    return list(dict.fromkeys(each.name for chart in charts for each in chart.series if each.name not in known))
+
+
+def _line(group: Group, curve: ControlCurve) -> Series | None:
+    """None where no run has the metric, or it is 0 throughout, as β is where there is no penalty."""
+    runs = [points for record in group.records if any((points := _first_of(record, curve.metrics))[1])]
+    if not runs:
         return None
-    for group in groups if curve.evaluated else ():
-        series += _evaluations(group, curve.evaluated)
-    return Chart(curve.title, (*series, *_levels(curve, groups, series)), "steps", curve.unit)
+    if len(runs) == 1:
+        ((x, y),) = runs
+        kept = spread(len(x), POINTS)
+        return Series(group.name, [x[i] for i in kept], [y[i] for i in kept])
+    every = np.unique(np.concatenate([x for x, _ in runs]))
+    # Between the latest start and the earliest end, so that nothing is extrapolated.
+    shared = every[(every >= max(x[0] for x, _ in runs)) & (every <= min(x[-1] for x, _ in runs))]
+    shared = shared[spread(len(shared), POINTS)]
+    values = np.stack([np.interp(shared, x, y) for x, y in runs])
+    x, mean, low, high = (each.tolist() for each in (shared, values.mean(0), values.min(0), values.max(0)))
+    return Series(group.name, x, mean, low, high)
 
 
-def _points(run: ControlRun, curve: Curve) -> tuple[list[float], list[float]]:
-    return next((points for name in curve.metrics if (points := run.points(name))[0]), ([], []))
+def _first_of(record: Record, metrics: Sequence[str]) -> Points:
+    return next((points for name in metrics if (points := points_of(record, name))[0]), ([], []))
 
 
-def _line(name: str, members: Sequence[tuple[list[float], list[float]]]) -> Series:
-    """The mean of the seeds between the lowest and the highest, where all of them were measured or lie between two
-    measurements.
-    """
-    if len(members) == 1:
-        return Series(name, *members[0])
-    every = np.unique(np.concatenate([x for x, _ in members]))
-    grid = every[(every >= max(x[0] for x, _ in members)) & (every <= min(x[-1] for x, _ in members))]
-    values = np.stack([np.interp(grid, x, y) for x, y in members])
-    rows = (grid, values.mean(0), values.min(0), values.max(0))
-    x, mean, low, high = (row.tolist() for row in rows)
-    return Series(name, x, mean, low, high, notes=[f"mean of {len(members)} seeds"] * len(x))
+def points_of(record: Record, metric: str) -> Points:
+    """A metric over environment steps; one that was not finite leaves a gap."""
+    rows = [row for row in record.rows if metric in row and "steps" in row]
+    return [row["steps"] for row in rows], [math.nan if row[metric] is None else row[metric] for row in rows]
 
 
-def _evaluations(group: Group, metric: str) -> list[Series]:
-    """Dots, where there are any; that of the untrained policy is told in the summary alone."""
-    points = [point for run in group.runs for point in zip(*run.points(metric), strict=True)]
+def _dots(group: Group, metric: str) -> list[Series]:
+    """Each run's evaluations, with that of the untrained policy."""
+    points = [point for record in group.records for point in zip(*points_of(record, metric), strict=True)]
     if metric == "eval/return":
-        points += [(0, run.summary["return_before"]) for run in group.runs if "return_before" in run.summary]
+        before = [record.summary.get("return_before") for record in group.records]
+        points += [(0, each) for each in before if each is not None]
     if not points:
         return []
     x, y = zip(*sorted(points), strict=True)
     return [Series(group.name, x, y, style="dots", notes=["evaluated"] * len(x))]
 
 
-def _levels(curve: Curve, groups: Sequence[Group], series: Sequence[Series]) -> list[Series]:
-    """Lines across the whole chart."""
-    levels = dict.fromkeys(level for group in groups if (level := curve.level(group.runs[0])) is not None)
-    ends = [min(each.x[0] for each in series), max(each.x[-1] for each in series)]
+def _levels(groups: Sequence[Group], curve: ControlCurve, lines: Sequence[Series]) -> list[Series]:
+    levels = dict.fromkeys(level for group in groups if (level := curve.level(group.records[0])) is not None)
+    ends = [min(line.x[0] for line in lines), max(line.x[-1] for line in lines)]
     return [Series(f"{name}: {value:g}", ends, [value, value]) for name, value in levels]
 
 
 # ------------------------------------------------------------------------------------------------------- pictures
 
 
-def pictures_of(group: Group) -> dict[str, Any]:
-    """What the page draws of a group's first run: a figure for each plane and quantity, a frame for each picture."""
-    run = group.runs[0]
-    last = run.pictures[-1]
-    figures = [
-        _figure(run, place, index)
-        for place, plane in enumerate(last["planes"])
-        for index in range(len(plane["quantities"]))
-    ]
-    frames = [
-        {
-            "label": f"after {picture['steps']:,} steps" if picture["step"] else "before training",
-            "returns": [episode["return"] for episode in picture["episodes"]],
-            "episodes": [_shortened(episode["states"]) for episode in picture["episodes"]],
-        }
-        for picture in run.pictures
-    ]
+def pictures_of(group: Group) -> dict[str, Any] | None:
+    """What pictures.js draws of a group's first run: a figure for each plane and quantity, a frame for each picture.
+
+    None where it has no pictures.
+    """
+    record = group.records[0]
+    pictures = record.pictures
+    if not pictures:
+        return None
+    last = pictures[-1]
     return {
-        "name": group.name if len(group.runs) == 1 else f"{group.name}, seed {run.config.get('seed')}",
+        "name": group.name if len(group.records) == 1 else f"{group.name}, seed {record.config.get('seed')}",
         "variables": last["variables"],
-        "frames": frames,
-        "figures": figures,
-        "value": _what_value_means(run),
+        "value": _what_value_means(record),
+        "figures": [
+            _figure(pictures, place, index)
+            for place, plane in enumerate(last["planes"])
+            for index in range(len(plane["quantities"]))
+        ],
+        "frames": [
+            {
+                "label": f"after {picture['steps']:,} steps" if picture["step"] else "before training",
+                "returns": [episode["return"] for episode in picture["episodes"]],
+                "episodes": [_shortened(episode["states"]) for episode in picture["episodes"]],
+            }
+            for picture in pictures
+        ],
     }
 
 
-def _figure(run: ControlRun, place: int, index: int) -> dict[str, Any]:
+def _figure(pictures: Sequence[dict[str, Any]], place: int, index: int) -> dict[str, Any]:
     """One quantity over one plane, at all times in the same colours."""
-    planes = [picture["planes"][place] for picture in run.pictures]
+    planes = [picture["planes"][place] for picture in pictures]
     quantities = [plane["quantities"][index] for plane in planes]
     plane, quantity = planes[-1], quantities[-1]
-    seen = [number for each in quantities for row in each["numbers"] for number in row if number is not None]
+    seen = [number for each in quantities for number in _finite(each)]
     low, high = quantity["range"] or (min(seen, default=0), max(seen, default=1))
+    opposites = quantity["range"] is not None and (low < 0 < high or len(pictures[-1]["actions"]) == 2)
     return {
         "name": quantity["name"],
         "unit": quantity["unit"],
@@ -351,34 +199,31 @@ def _figure(run: ControlRun, place: int, index: int) -> dict[str, Any]:
         "up": plane["up"],
         "low": low,
         "high": high,
-        "two_sided": quantity["range"] is not None and (low < 0 or len(run.pictures[-1]["actions"]) == 2),
+        "opposites": opposites,  # two actions, or directions of one, with indifference between
         "grids": [_shortened(each["numbers"]) for each in quantities],
         "arrows": [_shortened(each["arrows"]) for each in planes if "arrows" in each],
-        "summary": _told(run.pictures[-1]["variables"], plane, quantity),
+        "summary": _told(pictures[-1]["variables"], plane, quantity),
     }
 
 
-def _told(variables: Sequence[Row], plane: Row, quantity: Row) -> str:
+def _told(variables: Sequence[dict[str, Any]], plane: dict[str, Any], quantity: dict[str, Any]) -> str:
     """The final figure in words."""
     across, up = (variables[plane[side]]["name"] for side in ("across", "up"))
-    numbers = [number for row in quantity["numbers"] for number in row if number is not None]
-    if not numbers:
-        return f"{quantity['name']} over {across} and {up}: no number is finite."
-    middle = quantity["numbers"][len(quantity["numbers"]) // 2]
+    numbers = _finite(quantity)
+    found = f"from {min(numbers):.3g} to {max(numbers):.3g}" if numbers else "nowhere finite"
+    return f"{quantity['name']} at the end of training, over {across} and {up}: {found}."
+
+
+def _finite(quantity: dict[str, Any]) -> list[float]:
+    return [number for row in quantity["numbers"] for number in row if number is not None]
+
+
+def _what_value_means(record: Record) -> str:
+    scaled = f", times {record.setting('reward_scale'):g}" if record.setting("reward_scale", 1) != 1 else ""
+    normalized = ", normalised" if record.setting("normalize_rewards") else ""
     return (
-        f"{quantity['name']} over {across} (across) and {up} (up), at the end of training: lowest {min(numbers):.3g}, "
-        f"highest {max(numbers):.3g}, in the middle {_number(middle[len(middle) // 2])}."
+        f"what the critic expects of the rewards to come, discounted by {record.setting('gamma')}{scaled}{normalized}"
     )
-
-
-def _what_value_means(run: ControlRun) -> str:
-    scaled = "" if run.config["reward_scale"] == 1 else f", times {run.config['reward_scale']:g}"
-    normalized = ", normalised" if run.config["normalize_rewards"] else ""
-    return f"rewards to come as they are learnt: discounted by {run.config['gamma']:g} a decision{scaled}{normalized}"
-
-
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.3g}"
 
 
 def _shortened(numbers: Any) -> Any:

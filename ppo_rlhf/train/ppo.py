@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_rlhf.compute import Compute, peak_memory_gib, set_up_products, use_products
-from ppo_rlhf.config import MissingEOS, PPOConfig
+from ppo_rlhf.config import PPOConfig
 from ppo_rlhf.core import (
     Experience,
     adapt_kl_coef_proportional,
     approx_kl,
-    gae,
     kl_shaped_rewards,
     unit_variance,
     whiten,
@@ -32,9 +31,17 @@ from ppo_rlhf.sampling import sample, warn_of_truncation
 from ppo_rlhf.seeding import keyed_generator, uniform_rows
 from ppo_rlhf.train import Callback
 from ppo_rlhf.train.bad_samples import bad_samples
+from ppo_rlhf.train.ppo_credit import missing_eos_rule, response_gae
 from ppo_rlhf.train.ppo_evaluation import evaluate_held_out, summary_of
 from ppo_rlhf.train.ppo_parts import Parts, load_parts
-from ppo_rlhf.train.ppo_records import Clock, multiplied_type, rollout_metrics, sample_rows, throughput_metrics
+from ppo_rlhf.train.ppo_records import (
+    Clock,
+    multiplied_type,
+    recorded_logprobs,
+    rollout_metrics,
+    sample_rows,
+    throughput_metrics,
+)
 from ppo_rlhf.update import ppo_update
 
 
@@ -64,12 +71,12 @@ def train(
     compute = set_up_products(config.matmul_precision, accelerator.device, multiplied_type(accelerator))
     parts = load_parts(config, accelerator, policy, tokenizer, reference, reward, gold, prompts)
     # Before the folder is made: a reward function that fails leaves nothing behind.
-    before = None if config.resume else evaluate_held_out(parts, config, accelerator)
+    before = None if config.resume else evaluate_held_out(parts, config, accelerator, kl_coef=config.kl_coef)
     model, optimizer = accelerator.prepare(parts.model, make_optimizer(parts.model, config.optimizer))
     with start.run(num_steps=config.num_steps) as run:
         state = run.resume()
         if state is None:
-            before = before or evaluate_held_out(parts, config, accelerator)
+            before = before or evaluate_held_out(parts, config, accelerator, kl_coef=config.kl_coef)
             state = LoopState(kl_coef=config.kl_coef, before=before.metrics, matmul_precision=compute.precision)
             run.log(0, before.metrics)
             run.log_held_out(0, before.rows)
@@ -139,6 +146,7 @@ def ppo_step(
     paid = missing_eos_rule(scores, responses.finished, config.missing_eos)
     rewards = kl_shaped_rewards(paid, kl, rollout.mask, kl_coef=state.kl_coef)
     experience = experience_of(rollout, rewards, config, accelerator)
+    after_epochs: list[Tensor] = []
     statistics = ppo_update(
         model,
         optimizer,
@@ -146,6 +154,7 @@ def ppo_step(
         config.ppo,
         accelerator=accelerator,
         generator=keyed_generator(config.seed, "shuffle", step, accelerator.process_index),
+        after_epoch=lambda: after_epochs.append(recorded_logprobs(model, rollout)),
     )
     clock.lap("update")
 
@@ -154,22 +163,19 @@ def ppo_step(
     metrics |= throughput_metrics(rollout, metrics, parts.model, parts.reference, config, compute)
     metrics["memory/peak_gib"] = peak_memory_gib(accelerator.device)
     metrics |= {"kl_coef": state.kl_coef, "lr": optimizer.param_groups[0]["lr"], "episodes": (step + 1) * size}
-    samples = sample_rows(step + 1, prompts, responses, scores, rollout, rewards, experience, parts.tokenizer)
+    known = {"score": scores, **({"gold_score": gold} if gold is not None else {}), "kl": kl.sum(1)}
+    samples = sample_rows(prompts, responses, known, rollout, rewards, experience, after_epochs, parts.tokenizer)
+    samples = [{"step": step + 1, "kind": "rollout", "kl_coef": state.kl_coef, **row} for row in samples]
     bad = bad_samples(step + 1, prompts, responses, scores, rollout, experience) if metrics["skipped_steps"] else []
     return metrics, samples, bad
 
 
 def experience_of(rollout: Rollout, rewards: Tensor, config: PPOConfig, accelerator: Accelerator) -> Experience:
-    """Rewards ► advantages and returns ► whitened advantages, over all processes.
-
-    A response is terminated at its last generated token, whether it stopped or was cut off.
-    """
+    """Rewards ► advantages and returns ► whitened advantages, over all processes."""
     mask = rollout.mask
     if config.whiten_rewards:
         rewards = unit_variance(rewards, mask, sum_across=accelerator.reduce)
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    last = positions == torch.where(mask, positions, -1).max(dim=1, keepdim=True).values
-    advantages, returns = gae(rewards, rollout.values, last, last, gamma=config.gamma, lam=config.gae_lambda)
+    advantages, returns = response_gae(rewards, rollout.values, mask, gamma=config.gamma, lam=config.gae_lambda)
     return Experience(
         inputs=rollout.inputs,
         logprobs=rollout.logprobs,
@@ -178,15 +184,6 @@ def experience_of(rollout: Rollout, rewards: Tensor, config: PPOConfig, accelera
         returns=returns,
         mask=mask,
     )
-
-
-def missing_eos_rule(scores: Tensor, finished: Tensor, rule: MissingEOS) -> Tensor:
-    """The scores as paid: those of responses that were cut off are set to a value, or lowered by it. All (B,)."""
-    if rule.rule == "set":
-        return torch.where(finished, scores, rule.value)
-    if rule.rule == "subtract":
-        return torch.where(finished, scores, scores - rule.value)
-    return scores
 
 
 def next_kl_coef(kl_coef: float, kl: float, config: PPOConfig) -> float:
@@ -204,7 +201,7 @@ def evaluate_and_save(
     """The end of a step: evaluation where one is due, the best policy kept, metrics logged, a checkpoint where due."""
     last = state.step == config.num_steps
     if last or (config.eval_every and state.step % config.eval_every == 0):
-        outcome = evaluate_held_out(parts, config, run.accelerator, must_be_finite=False)
+        outcome = evaluate_held_out(parts, config, run.accelerator, kl_coef=state.kl_coef, must_be_finite=False)
         metrics |= outcome.metrics
         run.log_held_out(state.step, outcome.rows)
         state = replace(state, after=outcome.metrics)

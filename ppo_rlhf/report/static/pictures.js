@@ -1,8 +1,7 @@
-// Draws the pictures of a policy: colours over a plane of the state, arrows, episodes; a slider over the training.
-"use strict";
+// Pictures of a policy: colours over a plane of its environment's state, arrows, episodes; a slider over the training.
 
-const TWO_SIDED = [[42, 98, 201], [127, 164, 232], [243, 242, 238], [240, 162, 105], [206, 84, 22]];
-const ONE_SIDED = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]]; // viridis
+const OPPOSITES = [[42, 98, 201], [127, 164, 232], [243, 242, 238], [240, 162, 105], [206, 84, 22]];
+const AMOUNTS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]]; // viridis
 const FRAME_MILLISECONDS = 700;
 const DECISION_MILLISECONDS = 30;
 
@@ -17,46 +16,37 @@ function colourAt(stops, share) {
   return stops[index].map((low, i) => Math.round(low + (at - index) * (stops[index + 1][i] - low)));
 }
 
-function element(name, properties = {}, ...children) {
+function make(name, properties = {}, ...children) {
   const made = Object.assign(document.createElement(name), properties);
   made.append(...children);
   return made;
 }
 
 /** One quantity over one plane of the state. */
-class Figure {
+class Field {
   constructor(data, variables) {
     this.data = data;
     [this.across, this.up] = [variables[data.across], variables[data.up]];
-    this.stops = data.two_sided ? TWO_SIDED : ONE_SIDED;
-    this.canvas = element("canvas", { tabIndex: 0 });
+    this.stops = data.opposites ? OPPOSITES : AMOUNTS;
+    this.canvas = make("canvas", { tabIndex: 0 });
     this.canvas.setAttribute("role", "img");
     this.canvas.setAttribute("aria-label", data.summary);
-    this.reading = element("output", { className: "reading" });
+    this.reading = make("output");
     this.cross = null; // column and row of the grid, fractions
-    const ramp = element("div", { className: "ramp" });
-    ramp.style.background = `linear-gradient(to right, ${this.stops.map((stop) => `rgb(${stop})`).join()})`;
-    const axis = (variable, name) =>
-      element("div", { className: `ticks ${name}` }, ...this.ticks(variable, name === "across"));
-    const middle = (data.low + data.high) / 2;
-    this.root = element(
-      "figure", { className: "plot" },
-      element("figcaption", { textContent: `${data.name}${data.unit && `, ${data.unit}`}` }),
-      axis(this.up, "up"), this.canvas, axis(this.across, "across"), ramp,
-      element("div", { className: "ticks scale" },
-        ...[data.low, middle, data.high].map((value) => element("span", { textContent: shown(value) }))),
+    const colours = make("div", { className: "colours" });
+    colours.style.background = `linear-gradient(to right, ${this.stops.map((stop) => `rgb(${stop})`).join()})`;
+    const named = ({ name, unit }) => (unit ? `${name}, ${unit}` : name);
+    const ends = (kind, ...texts) =>
+      make("div", { className: `ends ${kind}` }, ...texts.map((text) => make("span", { textContent: text })));
+    const axis = (kind, variable) => ends(kind, shown(variable.low), named(variable), shown(variable.high));
+    this.root = make(
+      "figure", { className: "field" },
+      make("figcaption", { textContent: named(data) }),
+      axis("up", this.up), this.canvas, axis("across", this.across), colours,
+      ends("scale", ...[data.low, (data.low + data.high) / 2, data.high].map(shown)),
       this.reading,
     );
     this.listen();
-  }
-
-  /** Both ends of an axis, its name between them. */
-  ticks(variable, lying) {
-    const name = `${variable.name}${variable.unit && `, ${variable.unit}`}`;
-    const title = element("span", { textContent: name });
-    if (!lying) title.style.writingMode = "sideways-lr";
-    return [element("span", { textContent: shown(variable.low) }), title,
-      element("span", { textContent: shown(variable.high) })];
   }
 
   listen() {
@@ -119,7 +109,7 @@ class Figure {
       const colour = number === null ? [128, 128, 128] : colourAt(this.stops, share);
       image.data.set([...colour, 255], 4 * ((count - 1 - y) * count + x));
     }));
-    const small = element("canvas", { width: count, height: count });
+    const small = make("canvas", { width: count, height: count });
     small.getContext("2d").putImageData(image, 0, 0);
     context.imageSmoothingQuality = "high";
     context.drawImage(small, 0.5, 0.5, count - 1, count - 1, 0, 0, width, height);
@@ -132,7 +122,7 @@ class Figure {
     const unit = [width / (this.across.high - this.across.low), height / (this.up.high - this.up.low)];
     const steps = field.map((row) => row.map(([x, y]) => [x * unit[0], -y * unit[1]]));
     const longest = Math.max(...steps.flat().map(([x, y]) => Math.hypot(x, y))) || 1;
-    context.strokeStyle = context.fillStyle = this.data.two_sided ? "rgb(20 20 30 / .5)" : "rgb(255 255 255 / .65)";
+    context.strokeStyle = context.fillStyle = this.data.opposites ? "rgb(20 20 30 / .5)" : "rgb(255 255 255 / .65)";
     context.lineWidth = 1;
     steps.forEach((row, j) => row.forEach(([x, y], i) => {
       const length = Math.hypot(x, y);
@@ -166,7 +156,7 @@ class Figure {
       (this.up.turns && Math.abs(after[1] - before[1]) > height / 2);
     for (const states of this.episodes) {
       const points = states.slice(0, this.decision === null ? states.length : this.decision + 1).map(place);
-      for (const [colour, thickness] of [["rgb(255 255 255 / .8)", 3.5], ["#15151c", 1.6]]) {
+      for (const [colour, thickness] of [["rgb(255 255 255 / .8)", 3], ["#15151c", 1.3]]) {
         context.strokeStyle = context.fillStyle = colour;
         context.lineWidth = thickness;
         context.lineJoin = "round";
@@ -198,67 +188,75 @@ class Figure {
 /** The figures of one run at a time, and their controls. */
 class Pictures {
   constructor(root) {
-    this.root = root;
-    this.groups = JSON.parse(root.querySelector("script").textContent);
     this.find = (selector) => root.querySelector(selector);
+    this.policies = JSON.parse(this.find("script").textContent);
     this.slider = this.find("input");
-    this.timer = null;
-    this.find("select")?.addEventListener("change", (event) => this.choose(Number(event.target.value)));
-    this.slider.addEventListener("input", () => { this.stop(); this.show(null); });
-    this.find(".learn").addEventListener("click", () => this.play((frame) => this.learn(frame), FRAME_MILLISECONDS));
-    this.find(".act").addEventListener("click", () => this.play((i) => this.act(i), DECISION_MILLISECONDS));
-    new ResizeObserver(() => this.figures?.forEach((figure) => figure.draw())).observe(this.find(".figures"));
+    this.fields = [];
+    this.playing = null; // the pressed button, and its timer
+    this.find(".run").hidden = this.policies.length === 1;
+    this.find("select").append(...this.policies.map(({ name }, value) => make("option", { value, textContent: name })));
+    this.find("select").addEventListener("change", (event) => this.choose(Number(event.target.value)));
+    this.slider.addEventListener("input", () => {
+      this.stop();
+      this.show();
+    });
+    this.listen(".learn", (turn) => this.learn(turn), FRAME_MILLISECONDS);
+    this.listen(".act", (turn) => this.show(turn), DECISION_MILLISECONDS);
+    new ResizeObserver(() => this.fields.forEach((field) => field.draw())).observe(this.find(".fields"));
     this.choose(0);
   }
 
   choose(index) {
     this.stop();
-    this.group = this.groups[index];
-    this.figures = this.group.figures.map((data) => new Figure(data, this.group.variables));
-    this.find(".figures").replaceChildren(...this.figures.map((figure) => figure.root));
-    this.slider.max = this.group.frames.length - 1;
+    this.policy = this.policies[index];
+    this.fields = this.policy.figures.map((data) => new Field(data, this.policy.variables));
+    this.find(".fields").replaceChildren(...this.fields.map((field) => field.root));
+    this.slider.max = this.policy.frames.length - 1;
     this.slider.value = this.slider.max;
-    this.find(".arrows").hidden = !this.group.figures.some((figure) => figure.arrows.length);
-    this.find(".value").replaceChildren(element("b", { textContent: "Value" }), `: ${this.group.value}.`);
-    this.show(null);
+    this.find(".arrows").hidden = !this.policy.figures.some((figure) => figure.arrows.length);
+    this.find(".value").textContent = this.policy.value;
+    this.show();
   }
 
-  /** decision: how far the episodes are shown; null: to their ends. */
-  show(decision) {
+  /** Shows the slider's picture, its episodes up to a decision, or whole; → whether they go on. */
+  show(decision = null) {
     const index = Number(this.slider.value);
-    const frame = this.group.frames[index];
-    this.find(".when").textContent = frame.label;
-    this.slider.setAttribute("aria-valuetext", frame.label);
-    this.find(".returns").textContent = frame.returns.length
-      ? `Their returns: ${frame.returns.map(shown).join(", ")}.` : "";
-    this.figures.forEach((figure) => figure.show(index, frame.episodes, decision));
+    const { label, returns, episodes } = this.policy.frames[index];
+    this.find(".slider output").textContent = label;
+    this.slider.setAttribute("aria-valuetext", label);
+    this.find(".returns").textContent = returns.length ? `Their returns: ${returns.map(shown).join(", ")}.` : "";
+    this.fields.forEach((field) => field.show(index, episodes, decision));
+    return episodes.some((states) => decision < states.length - 1);
   }
 
-  learn(frame) {
-    this.slider.value = frame;
-    this.show(null);
-    return frame < this.group.frames.length - 1;
+  /** Shows the training's picture of that number; → whether there is another. */
+  learn(number) {
+    this.slider.value = number;
+    this.show();
+    return number < this.policy.frames.length - 1;
   }
 
-  act(decision) {
-    this.show(decision);
-    return this.group.frames[Number(this.slider.value)].episodes.some((states) => decision < states.length - 1);
-  }
-
-  /** Calls `turn` with 0, 1, … until it has no more to show; a second press stops it. */
-  play(turn, milliseconds) {
-    const again = this.timer === null || this.turn !== turn.toString();
-    this.stop();
-    if (!again) return this.show(null);
-    this.turn = turn.toString();
-    let count = 0;
-    this.timer = setInterval(() => { if (!turn(count++)) this.stop(); }, milliseconds);
+  /** A button that calls `turn` with 0, 1, … until it has no more to show; a second press stops it. */
+  listen(selector, turn, milliseconds) {
+    const button = this.find(selector);
+    button.addEventListener("click", () => {
+      const stopped = this.playing?.button === button;
+      this.stop();
+      if (stopped) return;
+      let count = 0;
+      const timer = setInterval(() => {
+        if (!turn(count++)) this.stop();
+      }, milliseconds);
+      this.playing = { button, timer };
+      button.setAttribute("aria-pressed", "true");
+    });
   }
 
   stop() {
-    clearInterval(this.timer);
-    this.timer = null;
+    clearInterval(this.playing?.timer);
+    this.playing?.button.setAttribute("aria-pressed", "false");
+    this.playing = null;
   }
 }
 
-document.querySelectorAll(".pictures").forEach((root) => new Pictures(root));
+document.querySelectorAll(".policies").forEach((root) => new Pictures(root));
