@@ -49,6 +49,7 @@ def _page(records: Sequence[Record], findings: Sequence[Mapping[str, Any]] | Non
     found = groups.groups_of(records)
     names = list(dict.fromkeys(group.name for group in found))
     stages = [(stage, list(members)) for stage, members in groupby(found, key=lambda group: group.stage)]
+    latest_first = [group for _, members in reversed(stages) for group in members]
     pictures = [curves.frontier_charts([group for group in found if group.stage == "ppo"])]
     pictures += [curves.curve_charts(members) for _, members in stages]
     drawn = charts.draw([chart for each in pictures for chart in each], names)
@@ -63,8 +64,8 @@ def _page(records: Sequence[Record], findings: Sequence[Mapping[str, Any]] | Non
     )
     return environment.get_template("page.html").render(
         title=" · ".join(names),
-        started=min((record.environment.get("started", "") for record in records), default=""),
-        outcomes=[_outcome(group) for group in reversed(found)],
+        outcomes=[(group, outcome.sentence_of(group)) for group in latest_first],
+        tiles=outcome.tiles_of(latest_first[0]) if len(stages[-1][1]) == 1 else [],  # else they are in the table
         comparisons=[(_stage_name(stage), *_comparison(members)) for stage, members in stages if len(members) > 1],
         frontier=frontier,
         stages=[_stage(*stage, pairs) for stage, pairs in zip(stages, by_stage, strict=True)],
@@ -76,11 +77,6 @@ def _page(records: Sequence[Record], findings: Sequence[Mapping[str, Any]] | Non
         findings=findings,
         configs=[(f"{shown[record.folder]}: {record.stage}", _yaml(record.config)) for record in records],
     )
-
-
-def _outcome(group: groups.Group) -> dict[str, Any]:
-    tiles = outcome.tiles_of(group)
-    return {"group": group, "sentence": outcome.sentence_of(group), "tiles": tiles}
 
 
 def _comparison(members: Sequence[groups.Group]) -> tuple[list[str], list[Any], list[Any]]:
