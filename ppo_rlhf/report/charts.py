@@ -90,7 +90,6 @@ def _figure(chart: Chart, colours: dict[str, str]) -> Any:
         toolbar_location=None,
         tools="",
         x_axis_label=chart.x_label,
-        y_axis_label=chart.y_label or None,
         min_border_right=12,
     )
     lines, points = [], []
@@ -142,6 +141,7 @@ def _style(drawn: Any) -> None:
     drawn.outline_line_alpha = 0
     drawn.xgrid.visible = False
     drawn.xaxis.formatter = NumeralTickFormatter(format="0.[0]a")  # 150k
+    drawn.yaxis.formatter.power_limit_low = -4  # 0.0025, not 2.500e-3
     for axis in drawn.axis:
         axis.minor_tick_line_alpha = 0
         axis.major_tick_in, axis.major_tick_out = 0, 4

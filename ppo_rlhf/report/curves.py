@@ -102,7 +102,7 @@ def frontier_charts(groups: Sequence[Group]) -> list[Chart]:
         series = [each for group in groups for record in group.records for each in _path(group.name, record, metric)]
         if series:
             label = "KL to the reference, nats a response"
-            charts.append(Chart(title, tuple(series), label, metric.replace("_", " "), height=320))
+            charts.append(Chart(title, tuple(series), label, height=320))
     return charts
 
 

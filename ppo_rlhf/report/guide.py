@@ -22,8 +22,8 @@ GUIDE = (
         "logprob",
         "Log-probability",
         "log π(aₜ | sₜ)",
-        "How likely the policy was to write this token after all before it. Each token is an action, the text so far is "
-        "the state. 0 is certainty; −2.3 is one in ten.",
+        "How likely the policy was to write this token after all before it. Each token is an action, the text so far "
+        "is the state. 0 is certainty; −2.3 is one in ten.",
         "ppo_rlhf/policy.py",
         "logprobs, entropy = tokens.logprobs(",
     ),
@@ -91,8 +91,8 @@ GUIDE = (
         "clip",
         "Clipping",
         "Lₜ = max(−A·ρ, −A·clip(ρ, 1−ε, 1+ε))",
-        "PPO’s safety catch: once a token has moved by ε in the direction that its advantage asks for, it has no gradient "
-        "any more. Moving back is always allowed.",
+        "PPO’s safety catch: once a token has moved by ε in the direction that its advantage asks for, it has no "
+        "gradient any more. Moving back is always allowed.",
         "ppo_rlhf/core/losses.py",
         "loss = torch.maximum(loss, gains * ratio.clamp(1 - clip_range, 1 + clip_range))",
     ),

@@ -53,7 +53,7 @@ def _line(record: Record) -> str:
 
 def shown_number(number: float | None, digits: str) -> str:
     """The number, or what stands for one that was not finite, which the run folder holds as null."""
-    return "not finite" if number is None else format(number, digits).replace("-", "−")
+    return "not finite" if number is None else format(number, f"z{digits}").replace("-", "−")
 
 
 def sentence_of(group: Group) -> str:
@@ -110,7 +110,7 @@ def means_of(group: Group) -> dict[str, float | None]:
 def tiles_of(group: Group) -> list[Tile]:
     """The few numbers that sum a group up."""
     numbers = means_of(group)
-    tiles = [
+    return [
         _tile(numbers, label, name, digits, note)
         for label, name, digits, note in (
             ("held-out loss", "loss", ".2f", "nats a token"),
@@ -128,7 +128,6 @@ def tiles_of(group: Group) -> list[Tile]:
         )
         if name in numbers or f"{name}_after" in numbers
     ]
-    return tiles
 
 
 def _tile(numbers: dict[str, float | None], label: str, name: str, digits: str, note: str) -> Tile:
@@ -163,21 +162,15 @@ def samples_of(record: Record) -> list[list[tuple[str, str, str]]]:
 def _cells(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str]]:
     prompt = ("prompt", before["prompt"], "")
     if "chosen" in before:
-        sides = (("chosen", "chosen_score"), ("rejected", "rejected_score"))
-        return [
-            prompt,
-            *(
-                (
-                    side,
-                    before[side],
-                    f"score {shown_number(before[score], '.2f')} → {shown_number(after[score], '.2f')}",
-                )
-                for side, score in sides
-            ),
-        ]
+        return [prompt, *(_judged(side, before, after) for side in ("chosen", "rejected"))]
     demonstration = [("demonstration", before["demonstration"], "")] if "demonstration" in before else []
     responses = [(when, row["response"], _numbers_of(row)) for when, row in (("before", before), ("after", after))]
     return [prompt, *demonstration, *responses]
+
+
+def _judged(side: str, before: dict[str, Any], after: dict[str, Any]) -> tuple[str, str, str]:
+    scores = [shown_number(row[f"{side}_score"], ".2f") for row in (before, after)]
+    return side, before[side], f"score {' → '.join(scores)}"
 
 
 def _numbers_of(response: dict[str, Any]) -> str:

@@ -49,6 +49,7 @@ def _page(records: Sequence[Record], findings: Sequence[Mapping[str, Any]] | Non
     found = groups.groups_of(records)
     names = list(dict.fromkeys(group.name for group in found))
     stages = [(stage, list(members)) for stage, members in groupby(found, key=lambda group: group.stage)]
+    latest_first = [group for _, members in reversed(stages) for group in members]
     pictures = [curves.frontier_charts([group for group in found if group.stage == "ppo"])]
     pictures += [(control.charts_of if members[0].control else curves.curve_charts)(members) for _, members in stages]
     names += control.level_names([chart for each in pictures for chart in each], found)
@@ -64,8 +65,8 @@ def _page(records: Sequence[Record], findings: Sequence[Mapping[str, Any]] | Non
     )
     return environment.get_template("page.html").render(
         title=" · ".join(dict.fromkeys(group.stage if group.control else group.name for group in found)),
-        started=min((record.environment.get("started", "") for record in records), default=""),
-        outcomes=[_outcome(group) for group in sorted(reversed(found), key=lambda group: group.control)],
+        outcomes=[(group, _sentence(group)) for group in latest_first],
+        tiles=outcome.tiles_of(latest_first[0]) if len(stages[-1][1]) == 1 else [],  # else they are in the table
         comparisons=[(_stage_name(stage), *_comparison(members)) for stage, members in stages if len(members) > 1],
         frontier=frontier,
         stages=[_stage(*stage, pairs) for stage, pairs in zip(stages, by_stage, strict=True)],
@@ -81,9 +82,8 @@ def _page(records: Sequence[Record], findings: Sequence[Mapping[str, Any]] | Non
     )
 
 
-def _outcome(group: groups.Group) -> dict[str, Any]:
-    sentence = control.sentence_of(group) if group.control else outcome.sentence_of(group)
-    return {"group": group, "sentence": sentence, "tiles": outcome.tiles_of(group)}
+def _sentence(group: groups.Group) -> str:
+    return control.sentence_of(group) if group.control else outcome.sentence_of(group)
 
 
 def _policies(members: Sequence[groups.Group]) -> list[dict[str, Any]]:

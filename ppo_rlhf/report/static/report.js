@@ -346,4 +346,9 @@ document.querySelector(".legend")?.addEventListener("change", ({ target }) => {
   }
 });
 
+// Bokeh takes the colours of axes from the style sheet when it draws, so it draws again when light turns dark.
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+  for (const view of window.Bokeh.index.roots) view.rerender();
+});
+
 begin();
