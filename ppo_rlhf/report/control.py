@@ -81,7 +81,7 @@ def _verdict(numbers: dict[str, float | None]) -> str:
     level, after = numbers.get("return_solved"), numbers["return_after"]
     if level is None or after is None:
         return ""
-    return f": {'solved' if after >= level else 'not solved yet'}, which takes {level:g}"
+    return f": {'solved' if after >= level else 'not solved yet'}, which takes {shown_number(level, 'g')}"
 
 
 # --------------------------------------------------------------------------------------------------------- curves
