@@ -45,7 +45,7 @@ class Chart:
     @property
     def summary(self) -> str:
         """What the picture shows, in words: first, last, lowest and highest value of each series."""
-        return " ".join(filter(None, (_told(series, self.x_label) for series in self.series)))
+        return " ".join(filter(None, map(_told, self.series)))
 
     @property
     def table(self) -> list[tuple[str, str, list[tuple[str, str]]]]:
@@ -154,11 +154,11 @@ def _points(series: Series) -> list[tuple[float, float]]:
     return [(x, y) for x, y in zip(series.x, series.y, strict=True) if math.isfinite(y)]
 
 
-def _told(series: Series, across: str) -> str:
+def _told(series: Series) -> str:
     points = _points(series)
     if not points:
         return ""
     (first_x, first), (last_x, last) = points[0], points[-1]
     values = [y for _, y in points]
-    span = f"from {first:.3g} at {across} {first_x:.4g} to {last:.3g} at {across} {last_x:.4g}"
+    span = f"from {first:.3g} (at {first_x:.4g}) to {last:.3g} (at {last_x:.4g})"
     return f"{series.name}: {span}; lowest {min(values):.3g}, highest {max(values):.3g}."
