@@ -74,7 +74,7 @@ def _page(records: Sequence[Record], findings: Sequence[Mapping[str, Any]] | Non
         library=drawn.library,
         script=drawn.script,
         tokens=any(not group.control for group in found),
-        policies=[(stage, _inline_json(each)) for stage, members in stages if (each := _policies(members))],
+        by_environment=[(stage, _inline_json(each)) for stage, members in stages if (each := _policies(members))],
         inspector=_inline_json(inspected(records, [shown[record.folder] for record in records])),
         guide=GUIDE,
         findings=findings,

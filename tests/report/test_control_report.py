@@ -5,16 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from browsers import browser, look, page_of
-from tiny_runs import in_tmp_path
+from browsers import look, page_of
 
 from classic import cli as classic
 from ppo_rlhf.cli import main
 from ppo_rlhf.records import records_of
 from ppo_rlhf.report import control, write_report
 from ppo_rlhf.report.groups import groups_of
-
-__all__ = ["browser", "in_tmp_path"]
 
 TINY = "--num-envs 4 --horizon 16 --num-steps 256 --network.hidden-sizes [16] --ppo.num-epochs 1 --eval-episodes 2"
 
