@@ -45,6 +45,11 @@ def _add_doctor(parser: ArgumentParser) -> None:
     parser.add_argument("--watch", action="store_true", help="follow a run in progress until it ends, or Ctrl-C")
 
 
+def _add_report(parser: ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs or pipelines")
+    parser.add_argument("--output", type=str, metavar="FILE", help="without it report.html in the first folder")
+
+
 def _add_db(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--db", default=DATABASE, help="the database's URL: sqlite:///FILE or postgresql://USER@HOST/NAME"
@@ -138,7 +143,7 @@ COMMANDS = {
     "doctor": Command(
         "Look for what is wrong with a run; exit code 1 where something was found.", add_arguments=_add_doctor
     ),
-    "report": Command("Write report.html into a run's folder.", add_arguments=_add_run),
+    "report": Command("One self-contained page about one or more runs.", add_arguments=_add_report),
     "label": Command("The labelling app: people compare responses in a browser.", add_arguments=_add_label),
     "preferences": Command(
         "Comparisons out of the database, into it, and what they say.", add_arguments=_add_preferences
@@ -299,7 +304,7 @@ def _estimate_memory(command: str, config: Any) -> Outcome:
 
 def _train(command: str, config: Any) -> Outcome:
     """Runs a training command; → its summary, and what to tell of it; nothing but in the main process."""
-    from ppo_rlhf.report import outcome_lines, write_report
+    from ppo_rlhf.report import outcome_lines
     from ppo_rlhf.run import end_processes, is_main_process
 
     if command == "sft":
@@ -325,15 +330,22 @@ def _train(command: str, config: Any) -> Outcome:
         return summary, [f"{summary['finished']} is finished already; there is nothing to resume."]
     folder = Path(summary["output_dir"])
     for metrics in folder.glob("*/metrics.jsonl"):  # a pipeline's stages
-        write_report(metrics.parent)
-    return summary, [*outcome_lines(folder), f"report: {write_report(folder)}"]
+        _write_report([metrics.parent])
+    return summary, [*outcome_lines(folder), f"report: {_write_report([folder])}"]
 
 
 def _report(given: Namespace) -> Outcome:
+    path = str(_write_report([Path(run) for run in given.runs], given.output))
+    return {"report": path}, [f"wrote {path}"]
+
+
+def _write_report(folders: list[Path], output: str | None = None) -> Path:
+    """Writes the report of runs, with what the doctor finds in them; → its path."""
+    from ppo_rlhf import doctor
     from ppo_rlhf.report import write_report
 
-    path = str(write_report(Path(given.run)))
-    return {"report": path}, [f"wrote {path}"]
+    findings = [finding.as_dict() for folder in folders for finding in doctor.examine(folder)]
+    return write_report(folders, Path(output) if output else None, findings=findings)
 
 
 def _export(given: Namespace) -> Outcome:

@@ -77,8 +77,9 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "inspection": ({"transformers", "rich"}, EVERYTHING_BELOW | {"train"}),
     "pipeline": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
     "study": ({"torch", "matplotlib"}, {"core"}),
-    "report": ({"jinja2", "matplotlib"}, ERRORS),
-    "doctor": ({"rich", "yaml"}, ERRORS),
+    "records": ({"yaml"}, ERRORS),
+    "report": ({"bokeh", "jinja2", "markupsafe", "numpy", "yaml"}, ERRORS | {"records"}),
+    "doctor": ({"rich"}, ERRORS | {"records"}),
     "label": ({"jinja2", "markdown_it", "markupsafe", "starlette", "uvicorn"}, ERRORS | {"preferences"}),
     "arguments": ({"jsonargparse", "yaml"}, ERRORS),
     "cli": (
@@ -109,11 +110,13 @@ CONTROL_RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
         ERRORS | {"core", "references"},
     ),
     "rollout": ({"torch"}, PLAYING | {"normalizers"}, {"core"}),
+    "systems": ({"torch"}, {"config", "spaces"}, set()),
+    "pictures": ({"torch"}, PLAYING | {"config", "evaluate", "systems"}, {"seeding"}),
     "evaluate": ({"torch", "gymnasium"}, PLAYING | {"config"}, ERRORS | {"seeding"}),
     "trpo": ({"torch"}, {"config", "policy"}, {"core", "seeding"}),
     "ppo": (
         {"torch", "accelerate"},
-        PLAYING | {"config", "evaluate", "presets", "rollout", "trpo"},
+        PLAYING | {"config", "evaluate", "pictures", "presets", "rollout", "trpo"},
         LIGHT | {"core", "optimizer", "run", "seeding", "update"},
     ),
     "video": ({"gymnasium"}, PLAYING | {"config", "evaluate"}, ERRORS | {"seeding"}),
@@ -257,7 +260,8 @@ def test_the_core_switches_no_gradient_off():
 
 # ---------------------------------------------------------------------------------------------------- start-up
 
-HEAVY = ("torch", "transformers", "numpy", "datasets", "accelerate", "matplotlib", "gymnasium", "sqlalchemy", "uvicorn")
+HEAVY = ("torch", "transformers", "numpy", "datasets", "accelerate", "matplotlib", "bokeh", "gymnasium", "sqlalchemy")
+HEAVY += ("uvicorn",)
 HELP = f"""
 import contextlib, importlib, io, sys
 program, *words = sys.argv[1:]

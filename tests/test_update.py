@@ -398,6 +398,15 @@ def test_the_stop_comes_at_one_and_a_half_times_the_target():
         assert metrics["optimizer_steps"] == steps
 
 
+def test_after_each_whole_epoch_the_policy_can_be_looked_at():
+    policy = TinyPolicy()
+    optimizer, seen = sgd(policy), []
+    steps = count_steps(optimizer)
+    settings = {"num_epochs": 3, "num_minibatches": 2}
+    update(policy, rollout_of(policy), settings, optimizer=optimizer, after_epoch=lambda: seen.append(len(steps)))
+    assert seen == [2, 4, 6]
+
+
 def test_a_stop_before_the_first_step_reports_nan_and_changes_nothing():
     """The rollout's log-probabilities are another policy's: already too far."""
     policy = TinyPolicy()

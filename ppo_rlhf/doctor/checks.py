@@ -13,7 +13,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from ppo_rlhf.doctor.record import Record, change_of, latest, records_of
+from ppo_rlhf.doctor.change import change_of, latest
+from ppo_rlhf.records import Record, records_of
 
 EXACT = 1e-3  # how far the first ratio may be from 1 in float32, whose observed deviation is 7e-6
 ROUNDED = 0.1  # the same in bf16 and fp16: observed 5e-2
