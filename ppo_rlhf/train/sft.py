@@ -13,10 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_rlhf.compute import set_up_products
 from ppo_rlhf.config import SFTConfig
-from ppo_rlhf.core import logprobs_of, masked_mean, masked_sum
+from ppo_rlhf.core import masked_mean, masked_sum
 from ppo_rlhf.data import text_column
 from ppo_rlhf.errors import UserError
-from ppo_rlhf.models import context_length, evaluating, model_inputs, right_padded, save_policy
+from ppo_rlhf.models import context_length, evaluating, right_padded, save_policy, use_quick_kernels
+from ppo_rlhf.policy import response_logprobs
 from ppo_rlhf.prompts import Prompts
 from ppo_rlhf.run import SAMPLES_KEPT, begin, share_of
 from ppo_rlhf.sampling import sample
@@ -63,16 +64,16 @@ def train(
     demonstrations, num_cut = encode(rows, tokenizer, longest=longest, cut=config.max_length is not None)
     eval_demonstrations, _ = encode(eval_rows, tokenizer, longest=longest, cut=config.max_length is not None)
     num_steps = num_steps_of(config, len(demonstrations), accelerator)
-    policy.to(accelerator.device)
+    module = CompletionModule(use_quick_kernels(policy).to(accelerator.device))
 
     def loss(module: nn.Module, batch: Sequence[int], count: Tensor) -> Tensor:
         logprobs, learnt = completion_logprobs(module, [demonstrations[row] for row in batch], accelerator.device)
         return masked_mean(-logprobs, learnt, count=count)
 
     def evaluate() -> HeldOut:
-        with evaluating(policy), accelerator.autocast():
+        with evaluating(module), accelerator.autocast():
             return HeldOut(
-                {"eval/loss": held_out_loss(policy, eval_demonstrations, accelerator)},
+                {"eval/loss": held_out_loss(module, eval_demonstrations, accelerator)},
                 responses_beside(eval_rows[:SAMPLES_KEPT], policy, tokenizer, longest=longest, seed=config.seed),
             )
 
@@ -90,7 +91,7 @@ def train(
             run.progress.tell(
                 f"{num_cut} of {len(demonstrations)} demonstrations were cut to max_length={longest} tokens."
             )
-        state = fit(policy, task, config, config.optimizer, run, num_steps=num_steps, callbacks=callbacks)
+        state = fit(module, task, config, config.optimizer, run, num_steps=num_steps, callbacks=callbacks)
         run.promote("best", "policy")
         return run.finish({"loss_before": state.before["eval/loss"], "loss_after": state.after["eval/loss"]})
 
@@ -163,13 +164,25 @@ def encode(
     return demonstrations, num_cut
 
 
+class CompletionModule(nn.Module):
+    """log π of a language model's responses, by a padding-free forward, as a module that can be wrapped and sharded."""
+
+    def __init__(self, language_model: PreTrainedModel) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self._no_split_modules = getattr(language_model, "_no_split_modules", None)  # the blocks that FSDP2 shards
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """prompt_ids, prompt_mask (B, P), response_ids, response_mask (B, T) → (B, T), 0 where the mask is False."""
+        return response_logprobs(self.language_model, inputs, temperature=1.0)
+
+
 def completion_logprobs(
     module: nn.Module, demonstrations: Sequence[Demonstration], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """log π of the last T tokens, which hold all completions, (B, T), and the mask of those that are learnt."""
-    ids, mask = right_padded([demonstration.ids for demonstration in demonstrations], device)
-    starts = torch.tensor([demonstration.start for demonstration in demonstrations], device=device)
-    learnt = mask & (torch.arange(ids.shape[1], device=device) >= starts[:, None])
-    steps = ids.shape[1] - int(starts.min())  # the head runs on positions that predict a completion alone
-    output = module(**model_inputs(module, ids, mask), use_cache=False, logits_to_keep=steps + 1)
-    return logprobs_of(output.logits[:, -steps - 1 : -1], ids[:, -steps:]), learnt[:, -steps:]
+    """log π of the completions' tokens, (B, T), and the mask of them; what is not completion is 0."""
+    reversed_prompts = right_padded([each.ids[: each.start][::-1] for each in demonstrations], device)
+    prompt_ids, prompt_mask = (x.flip(1) for x in reversed_prompts)  # padding comes before a prompt
+    response_ids, response_mask = right_padded([each.ids[each.start :] for each in demonstrations], device)
+    inputs = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask}
+    return module(**inputs, response_ids=response_ids, response_mask=response_mask), response_mask
