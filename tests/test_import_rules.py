@@ -49,7 +49,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "references": (set(), ERRORS),
     "core": ({"torch"}, set()),
     "seeding": ({"torch"}, set()),
-    "optimizer": ({"torch"}, LIGHT),
+    "optimizer": ({"torch", "bitsandbytes"}, LIGHT),
     "micro_batches": ({"torch", "accelerate"}, ERRORS),
     "update": ({"torch", "accelerate"}, LIGHT | {"core", "micro_batches"}),
     "run": ({"torch", "accelerate", "safetensors", "yaml", "rich"}, ERRORS | {"core"}),
