@@ -88,7 +88,9 @@ def _ppo_sentence(numbers: dict[str, float | None]) -> str:
 
 def _moved(numbers: dict[str, float | None], name: str) -> str:
     before, after = numbers[f"{name}_before"], numbers[f"{name}_after"]
-    return "lowered" if before is not None and after is not None and after < before else "raised"
+    if before is None or after is None:
+        return "took"
+    return "lowered" if after < before else "raised"
 
 
 def _from_to(numbers: dict[str, float | None], name: str) -> str:

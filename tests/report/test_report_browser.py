@@ -111,6 +111,7 @@ def test_the_slider_moves_through_the_steps_with_the_same_prompt_before_and_afte
         assert "step 6" in page.inner_text(".panel.chosen h3")
         page.keyboard.press("End")
         assert page.locator(".panel").count() == 2  # before, and after, which the slider shows
+        assert "step 8" in card(page)
         page.select_option("#prompt", "1")
         assert set(page.locator(".panel .prompt").all_inner_texts()) == {"prompt 1 ?"}
 

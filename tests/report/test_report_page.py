@@ -109,7 +109,7 @@ def test_a_chart_says_its_numbers_in_words_and_in_a_table():
         ({"gold_score_after": -0.5}, "but lowered the gold score, which it never saw, from 0.00 to −0.50"),
         ({"gold_score_after": -0.5}, "it learnt what the reward model overrates"),
         ({"score_after": -1.0}, "lowered the reward model’s score from 0.00 to −1.00 and raised the gold score"),
-        ({"score_after": None}, "raised the reward model’s score from 0.00 to not finite"),
+        ({"score_after": None}, "took the reward model’s score from 0.00 to not finite"),
     ],
 )
 def test_the_outcome_is_one_sentence(tmp_path, numbers, expected):

@@ -19,7 +19,7 @@ const shown = (x, digits = 3) => (known(x) ? x.toFixed(digits).replace("-", "−
 const signed = (x) => (known(x) && x < 0 ? `(${shown(x)})` : shown(x)); // as a term of a formula
 const percent = (logprob) => {
   const share = 100 * Math.exp(logprob);
-  return `${share < 0.1 ? share.toExponential(1) : share.toPrecision(3)} %`;
+  return `${share < 1e-3 ? share.toExponential(1) : share.toPrecision(3)} %`;
 };
 
 // ---------------------------------------------------------------- what is known of a token
@@ -237,9 +237,14 @@ function draw() {
   $("step-shown").textContent = now.step;
   $("step").setAttribute("aria-valuetext", `step ${now.step}`);
   $("panels").replaceChildren(...places.map((place) => panelOf(rows[place], titleOf(place, rows), place === state.step, reach)));
-  if (state.chosen && !rows.includes(state.chosen.row)) state.chosen = null;
+  choose(stillChosen(places.map((place) => rows[place]), now));
+}
+
+// The chosen token, or the one at its place in the slider's row where it is no longer on the screen.
+function stillChosen(rows, now) {
+  if (state.chosen && rows.includes(state.chosen.row)) return state.chosen;
   const row = now.tokens ? now : rows.find((each) => each.tokens);
-  choose(state.chosen ?? (row ? { row, t: 0 } : null));
+  return row ? { row, t: Math.min(state.chosen?.t ?? 0, row.tokens.length - 1) } : null;
 }
 
 function titleOf(place, rows) {
