@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from ppo_rlhf.seeding import uniform_rows
 from ppo_rlhf.settings import SamplingSettings
 from ppo_rlhf.train import Callback
 from ppo_rlhf.train.inputs import policy_with_tokenizer, training_and_held_out
-from ppo_rlhf.train.supervised import HeldOut, Task, fit, num_steps_of
+from ppo_rlhf.train.supervised import HeldOut, Task, batch_of, fit, num_steps_of, token_batches
 
 EVAL_BATCH = 64  # examples of one forward in evaluation
 
@@ -48,7 +48,7 @@ def train(
     policy, tokenizer = policy_with_tokenizer(config, policy, tokenizer, what="the language model to start from")
     longest = min(config.max_length or 2**31, context_length(policy))
     examples, eval_examples = load_examples(config, data, tokenizer, longest)
-    num_steps = num_steps_of(config, len(examples), accelerator)
+    num_steps, batch = batches_of(config, examples.lengths, accelerator)
     policy.to(accelerator.device)
 
     shown = prompts_and_completions(eval_examples.rows(SAMPLES_KEPT), tokenizer, "data")
@@ -65,7 +65,7 @@ def train(
             )
 
     task = Task(
-        lengths=examples.lengths,
+        batch=batch,
         weight=lambda batch: sum(sum(examples[row].learnt) for row in batch),
         loss=loss,
         evaluate=evaluate,
@@ -100,6 +100,17 @@ def demonstrations_of(
     """Rows in tokens, those with more than `longest` treated as the configuration says."""
     too_long = config.too_long or ("refuse" if config.max_length is None else "right")
     return demonstrations(rows, tokenizer, longest=longest, too_long=too_long, setting=setting)
+
+
+def batches_of(
+    config: SFTConfig, lengths: Sequence[int], accelerator: Accelerator
+) -> tuple[int, Callable[[int], Sequence[int]]]:
+    """How many steps the run has, and the global batch of each: of batch_size demonstrations, or of batch_tokens."""
+    if config.batch_tokens is not None:
+        batches = token_batches(lengths, config, config.batch_tokens, accelerator.num_processes)
+        return len(batches), batches.__getitem__
+    num_steps = num_steps_of(config, len(lengths), accelerator)
+    return num_steps, lambda step: batch_of(step, num_steps, config, lengths)
 
 
 @torch.no_grad()

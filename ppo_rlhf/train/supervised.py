@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,11 +14,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ppo_rlhf.config import SupervisedConfig
+from ppo_rlhf.config import SFTConfig, SupervisedConfig
 from ppo_rlhf.data import stream
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.optimizer import OptimizerSettings, learning_rate, make_optimizer, set_learning_rate
-from ppo_rlhf.run import LoopState, Run, share_of, whole_weights
+from ppo_rlhf.run import LoopState, Run, whole_weights
 from ppo_rlhf.seeding import permutation
 from ppo_rlhf.train import Callback
 
@@ -36,7 +37,7 @@ class HeldOut:
 class Task:
     """What a supervised stage optimises, as functions of row numbers of its training data."""
 
-    lengths: Sequence[int]  # tokens of each training example
+    batch: Callable[[int], Sequence[int]]  # step → the rows of its global batch, a function of the step alone
     weight: Callable[[Sequence[int]], float]  # what a batch's loss is divided by: its tokens, or its rankings
     loss: Callable[[nn.Module, Sequence[int], Tensor], Tensor]  # (module, rows, count) → Σ of losses ÷ count
     evaluate: Callable[[], HeldOut]  # over all processes
@@ -88,7 +89,7 @@ def fit(
 
     while state.step < num_steps:
         set_learning_rate(optimizer, learning_rate(optimizer_settings, state.step, num_steps))
-        rows = batch_of(state.step, num_steps, config, task.lengths)
+        rows = task.batch(state.step)
         module.train()
         metrics = _step(wrapped, optimizer, task, rows, config, accelerator)
         if metrics["skipped_steps"]:
@@ -133,6 +134,32 @@ def batch_of(step: int, num_steps: int, config: SupervisedConfig, lengths: Seque
     return [rows[place] for place in places[batch * size : (batch + 1) * size]]
 
 
+def token_batches(lengths: Sequence[int], config: SFTConfig, budget: int, num_processes: int) -> list[list[int]]:
+    """The global batches of a run, each of as many whole examples of the shuffled stream as `budget` tokens hold.
+
+    Every batch is full: the last one takes from the next pass what it lacks. Raises UserError for a budget that an
+    example exceeds, or that leaves a process without one.
+    """
+    batches: list[list[int]] = []
+    batch: list[int] = []
+    tokens, left = 0, round(config.num_epochs * len(lengths))
+    passes = (permutation(len(lengths), config.seed, "pass", number).tolist() for number in itertools.count())
+    for row in itertools.chain.from_iterable(passes):
+        if tokens + lengths[row] > budget:
+            if len(batch) < num_processes:
+                raise UserError(
+                    f"batch_tokens={budget} holds {len(batch)} demonstrations beside one of {lengths[row]} tokens, "
+                    f"fewer than the {num_processes} processes need; raise it."
+                )
+            batches.append(batch)
+            batch, tokens = [], 0
+            if left <= 0:
+                return batches
+        batch.append(row)
+        tokens, left = tokens + lengths[row], left - 1
+    raise AssertionError("the passes never end")
+
+
 def _step(
     wrapped: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -144,7 +171,7 @@ def _step(
     """One optimizer step on a global batch, whatever its micro-batches and processes."""
     # DDP averages gradients, hence the count per process.
     count = torch.tensor(task.weight(rows) / accelerator.num_processes, device=accelerator.device)
-    mine = rows[share_of(len(rows), accelerator)]
+    mine = rows[accelerator.process_index :: accelerator.num_processes]  # those of like length are neighbours
     size = config.micro_batch_size or len(mine)
     total = torch.zeros((), device=accelerator.device)
     for start in range(0, len(mine), size):
