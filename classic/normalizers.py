@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ppo_rlhf.core import masked_moments
+from ppo_rlhf.core import masked_moments, merged_moments
 from ppo_rlhf.core.masked import SumAcross, identity
 
 LIMIT = 10.0  # normalised values are clipped to ± this (baselines, Stable-Baselines3)
@@ -28,14 +28,10 @@ class RunningMoments(nn.Module):
     @torch.no_grad()
     def merge(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         """Adds a batch by its moments; one without a single number changes nothing."""
-        total = self.count + count
-        share = torch.where(total > 0, count / total.clamp(min=1), 0)
-        first = self.count == 0  # the variance before the first batch is a placeholder
-        delta = mean - self.mean
-        merged = torch.where(first, 0, self.variance) * (1 - share) + variance * share + delta**2 * share * (1 - share)
-        self.variance.copy_(torch.where(total > 0, merged, self.variance))
-        self.mean.add_(delta * share)
-        self.count.copy_(total)
+        mean, variance, count = merged_moments((self.mean, self.variance, self.count), (mean, variance, count))
+        self.mean.copy_(mean)
+        self.variance.copy_(variance)
+        self.count.copy_(count)
 
 
 class ObservationNormalizer(nn.Module):

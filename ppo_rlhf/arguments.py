@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
@@ -96,6 +97,8 @@ def read(line: CommandLine, argv: Sequence[str]) -> Namespace | None:
     if command.base is not None:
         own.set_defaults(dict(command.base(arguments[arguments.command])))
         arguments = _parsed(parser, known, words)
+    if command.settings is not None:
+        _refuse_nulls(arguments[arguments.command], command.settings)
     return parser.instantiate(arguments)
 
 
@@ -142,11 +145,20 @@ def _parsed(parser: ArgumentParser, known: list[str], words: list[str]) -> Names
             cause = cause.__cause__ or cause.__context__
         message = " ".join(str(error).split())
         raise UserError(message.rstrip(".") + "." + _hint(message, known)) from error
-    for group in {name.rpartition(".")[0] for name in known if "." in name}:
+    # `name.help` tells of the kinds that the one setting `name` can have
+    groups = {name.rpartition(".")[0] for name in known if "." in name and not name.endswith(".help")}
+    for group in sorted(groups):  # the outer ones first
         value = arguments[f"{arguments.command}.{group}"]
         if not isinstance(value, Namespace):
             raise UserError(f"{group} holds settings, such as {group}.…; {value!r} is not.")
     return arguments
+
+
+def _refuse_nulls(given: Namespace, settings: type) -> None:
+    """Raises UserError for a setting that is null and may not be; the parser lets all of them be."""
+    for name, kind in _types_of(settings).items():
+        if given[name] is None and type(None) not in get_args(kind):
+            raise UserError(f"{name} must not be null; leave it out for its default.")
 
 
 def _hint(message: str, known: list[str]) -> str:
@@ -163,7 +175,8 @@ def _check_config(path: str) -> None:
     """Raises UserError, which names the file, for a configuration that is not a mapping in YAML."""
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        json.dumps(settings, default=str, skipkeys=True)  # raises for what refers to itself
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(settings, dict):
         raise UserError(f"--config {path} holds no settings: it must be a mapping, `name: value` on each line.")
@@ -171,7 +184,8 @@ def _check_config(path: str) -> None:
 
 def _normalized(argv: Sequence[str], command: Command) -> list[str]:
     """Options with underscores, however they were typed; a yes-or-no setting alone means true."""
-    flags = set() if command.settings is None else _flags_of(command.settings)
+    types = {} if command.settings is None else _types_of(command.settings)
+    flags = {f"--{name}" for name, kind in types.items() if kind is bool}
     words = []
     for index, word in enumerate(argv):
         if word.startswith("--"):
@@ -186,15 +200,13 @@ def _normalized(argv: Sequence[str], command: Command) -> list[str]:
     return words
 
 
-def _flags_of(settings: type, prefix: str = "--") -> set[str]:
-    """The options of a dataclass that are either true or false, also those of the groups in it."""
-    flags = set()
+def _types_of(settings: type, prefix: str = "") -> dict[str, Any]:
+    """The types of a dataclass's settings by their dotted names, also of those of the groups in it."""
+    types: dict[str, Any] = {}
     for name, kind in get_type_hints(settings).items():
-        if kind is bool:
-            flags.add(prefix + name)
-        elif isinstance(kind, type) and is_dataclass(kind):
-            flags |= _flags_of(kind, f"{prefix}{name}.")
-    return flags
+        group = isinstance(kind, type) and is_dataclass(kind)
+        types |= _types_of(kind, f"{prefix}{name}.") if group else {prefix + name: kind}
+    return types
 
 
 def _with_default_config(words: list[str], name: str | None, command: Command) -> list[str]:

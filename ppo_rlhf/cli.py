@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -19,9 +19,21 @@ from ppo_rlhf.settings import Ties
 
 if TYPE_CHECKING:
     from ppo_rlhf.preferences import Choice, Pair, Store
+    from ppo_rlhf.train.memory_estimate import MemoryEstimate
 
 Outcome = tuple[dict[str, Any], list[str]]  # a summary for programs, and what to tell of it
 DATABASE = "sqlite:///preferences.db"
+
+
+def _add_stage(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--estimate_memory", action="store_true", help="tell what each part will take, load no weights, write nothing"
+    )
+
+
+def _add_ppo(parser: ArgumentParser) -> None:
+    _add_stage(parser)
+    parser.add_argument("--dry_run", action="store_true", help="show ten samples with their scores, and write nothing")
 
 
 def _add_run(parser: ArgumentParser) -> None:
@@ -74,12 +86,26 @@ def _add_compare(parser: ArgumentParser) -> None:
     _add_labelling(parser)
 
 
+def _add_export(parser: ArgumentParser) -> None:
+    parser.add_argument("run", help="a run's folder, or a model's")
+    parser.add_argument("--output", type=str, required=True, metavar="DIR", help="a new folder for the plain model")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of its weights")
+    parser.add_argument("--push_to_hub", type=str, metavar="NAME", help="upload it as well, as USER/NAME")
+    parser.add_argument("--private", action="store_true", help="where that makes a new repository")
+
+
 def _add_preferences(parser: ArgumentParser) -> None:
     parser.add_argument("action", choices=["export", "import", "stats"])
     parser.add_argument("file", nargs="?", help="JSONL or Parquet to write; or any file of comparisons to read")
     _add_db(parser)
     parser.add_argument("--collection", type=str, help="of what is labelled together, by its name; without it all")
     parser.add_argument("--ties", choices=get_args(Ties), default="drop", help="left out, or exported in both orders")
+
+
+def _add_study(parser: ArgumentParser) -> None:
+    parser.add_argument("name", choices=["kl-estimators"], help="which one")
+    parser.add_argument("--output_dir", type=str, help="folder for its tables and pictures")
+    parser.add_argument("--seed", type=int, default=0)
 
 
 def _add_inspect_data(parser: ArgumentParser) -> None:
@@ -102,9 +128,9 @@ COMMANDS = {
         PipelineConfig,
         default_config=TOY_CONFIG,
     ),
-    "sft": Command("Supervised fine-tuning: demonstrations → policy.", SFTConfig),
-    "reward": Command("Reward modelling: comparisons → reward model.", RewardConfig),
-    "ppo": Command("PPO: prompts and a reward → tuned policy.", PPOConfig),
+    "sft": Command("Supervised fine-tuning: demonstrations → policy.", SFTConfig, add_arguments=_add_stage),
+    "reward": Command("Reward modelling: comparisons → reward model.", RewardConfig, add_arguments=_add_stage),
+    "ppo": Command("PPO: prompts and a reward → tuned policy.", PPOConfig, add_arguments=_add_ppo),
     "pipeline": Command("The three stages in order.", PipelineConfig),
     "inspect-data": Command(
         "What a model will see of its data: tokens, masks, lengths.", add_arguments=_add_inspect_data
@@ -117,7 +143,9 @@ COMMANDS = {
     "preferences": Command(
         "Comparisons out of the database, into it, and what they say.", add_arguments=_add_preferences
     ),
+    "export": Command("A model to use elsewhere: adapters merged, also to the Hub.", add_arguments=_add_export),
     "compare": Command("Two runs against each other, judged blind by people.", add_arguments=_add_compare),
+    "study": Command("An experiment: what the estimators of KL are worth.", add_arguments=_add_study),
 }
 COMMAND_LINE = CommandLine("ppo-rlhf", "PPO for language models: supervised fine-tuning, reward model, PPO.", COMMANDS)
 
@@ -136,11 +164,15 @@ def _execute(command: str, given: Namespace) -> int | None:
     settings = COMMANDS[command].settings
     if command == "doctor":
         return _diagnose(given)
+    if given.get("dry_run"):
+        _show_samples(settings_in(given, PPOConfig), given)
+        return None
     if command == "inspect-data":
         _inspect_data(given)
         return None
     if settings is not None:
-        summary, lines = _train(command, settings_in(given, settings))
+        work = _estimate_memory if given.get("estimate_memory") else _train
+        summary, lines = work(command, settings_in(given, settings))
     else:
         if "db" in given:
             from ppo_rlhf.data import check_preferences
@@ -165,6 +197,26 @@ def _diagnose(given: Namespace) -> int:
     elif not given.watch or not findings:
         doctor.show(findings, console)
     return 1 if findings else 0
+
+
+def _show_samples(config: PPOConfig, given: Namespace) -> None:
+    """A table of samples, their scores and the parts of these."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from ppo_rlhf.train.dry_run import dry_run
+
+    rows = dry_run(config)
+    if given.json:
+        print(json.dumps({"samples": rows}))
+        return
+    parts = list(rows[0]["parts"])
+    table = Table("prompt", "response", *parts, *(name for name in ("score", "gold_score") if name in rows[0]))
+    for row in rows:
+        numbers = [*row["parts"].values(), row["score"], *([row["gold_score"]] if "gold_score" in row else [])]
+        table.add_row(Text(row["prompt"]), Text(row["response"]), *(f"{number:.3f}" for number in numbers))
+    Console(highlight=False, markup=False).print(table)
 
 
 def _inspect_data(given: Namespace) -> None:
@@ -232,6 +284,19 @@ def _stage_reading(given: Namespace, settings: dict[str, Any]) -> str:
     return "sft" if {"messages", "completion", "text"} & set(found) else "ppo"
 
 
+def _estimate_memory(command: str, config: Any) -> Outcome:
+    """What the parts of a stage will take."""
+    from ppo_rlhf.train.memory_estimate import estimate_ppo, estimate_reward, estimate_sft
+
+    estimates: dict[str, Callable[[Any], MemoryEstimate]] = {
+        "sft": estimate_sft,
+        "reward": estimate_reward,
+        "ppo": estimate_ppo,
+    }
+    estimate = estimates[command](config)
+    return estimate.as_dict(), estimate.lines()
+
+
 def _train(command: str, config: Any) -> Outcome:
     """Runs a training command; → its summary, and what to tell of it; nothing but in the main process."""
     from ppo_rlhf.report import outcome_lines, write_report
@@ -269,6 +334,17 @@ def _report(given: Namespace) -> Outcome:
 
     path = str(write_report(Path(given.run)))
     return {"report": path}, [f"wrote {path}"]
+
+
+def _export(given: Namespace) -> Outcome:
+    from ppo_rlhf.export import export, push
+
+    folder = export(Path(given.run), Path(given.output), dtype=given.dtype)
+    summary, lines = {"output": str(folder)}, [f"wrote {folder}"]
+    if given.push_to_hub is not None:
+        summary["address"] = push(folder, given.push_to_hub, private=given.private)
+        lines.append(f"uploaded to {summary['address']}")
+    return summary, lines
 
 
 def _label(given: Namespace) -> Outcome:
@@ -427,4 +503,24 @@ def _file_of(given: Namespace) -> str:
     return str(given.file)
 
 
-OTHERS = {"report": _report, "label": _label, "preferences": _preferences, "compare": _compare}
+def _study(given: Namespace) -> Outcome:
+    """Runs a study; → its claims, and where its tables and pictures are."""
+    from ppo_rlhf.run import new_folder
+    from ppo_rlhf.study import kl_estimators
+
+    folder = new_folder(given.output_dir, f"study-{given.name}", resume=False)
+    results = kl_estimators.run(given.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [str(path) for path in kl_estimators.write(results, folder)]
+    lines = [*kl_estimators.lines_of(results), f"wrote {', '.join(files)}"]
+    return {"claims": [asdict(claim) for claim in results.claims], "files": files}, lines
+
+
+OTHERS = {
+    "report": _report,
+    "export": _export,
+    "label": _label,
+    "preferences": _preferences,
+    "compare": _compare,
+    "study": _study,
+}

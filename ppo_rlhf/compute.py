@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
-import statistics
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-
-MatmulPrecision = Literal["auto", "highest", "high", "medium"]
 
 EXACT = 1e-6  # relative error up to which a product counts as float32's own
 WORTH_IT = 1.4  # how much quicker another way must be: a close call would make two runs of one seed differ
@@ -29,30 +27,27 @@ class Compute:
     message: str  # the choice and its reason in a line
 
 
-def set_up_products(precision: MatmulPrecision, device: torch.device, dtype: torch.dtype) -> Compute:
+def set_up_products(precision: str, device: torch.device, dtype: torch.dtype) -> Compute:
     """Chooses how float32 matrices are multiplied, for the whole process, and measures products of `dtype`.
 
     On a CPU `medium` goes through oneDNN, which is the quicker library on many machines, and on those without bf16
     matrix units as exact as the other. `auto` measures both against float64 and takes the quicker of those that are
-    exact; on a GPU, where everything but `highest` drops digits, it stays with that.
+    exact, all processes that of the first; on a GPU, where everything but `highest` drops digits, it stays with that.
     """
-    reason = "as set"
+    reason = "as told"
     if precision == "auto":
-        precision, reason = _quickest_exact() if device.type == "cpu" else ("highest", "exact on a GPU")
-    use_products(precision)
+        choice = [_quickest_exact() if device.type == "cpu" else ("highest", "exact on a GPU")]
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast_object_list(choice)
+        precision, reason = choice[0]
+    torch.set_float32_matmul_precision(precision)
     flops = _flops(device, dtype)
     name = str(dtype).removeprefix("torch.")
     message = f"matrix products: {precision} ({reason}), {flops / 1e9:,.0f} GFLOP/s in {name}"
     return Compute(precision, flops, message)
 
 
-def use_products(precision: str) -> str:
-    """Float32 matrices are multiplied so from now on, in the whole process. → precision."""
-    torch.set_float32_matmul_precision(precision)
-    return precision
-
-
-def _quickest_exact() -> tuple[Any, str]:
+def _quickest_exact() -> tuple[str, str]:
     """`highest` or `medium`, and why."""
     before = torch.get_float32_matmul_precision()
     left, right = _matrices(torch.device("cpu"), torch.float32)
@@ -61,15 +56,13 @@ def _quickest_exact() -> tuple[Any, str]:
     for precision in ("highest", "medium"):
         torch.set_float32_matmul_precision(precision)
         errors[precision] = float((left @ right - exact).norm() / exact.norm())
-    gains = []
-    for _ in range(TRIES):  # in turn, and the median: what else runs on the machine slows now one, now the other
-        taken = []
-        for precision in ("highest", "medium"):
+    seconds: dict[str, list[float]] = {"highest": [], "medium": []}
+    for _ in range(TRIES):  # in turn, and the best: what else runs on the machine slows now one, now the other
+        for precision, taken in seconds.items():
             torch.set_float32_matmul_precision(precision)
             taken.append(_seconds(left, right))
-        gains.append(taken[0] / taken[1])
     torch.set_float32_matmul_precision(before)
-    gain = statistics.median(gains)
+    gain = min(seconds["highest"]) / min(seconds["medium"])
     if errors["medium"] > max(EXACT, errors["highest"]):
         return "highest", f"medium rounds, relative error {errors['medium']:.0e}"
     if gain < WORTH_IT:
@@ -109,8 +102,17 @@ def num_multiplied(trunk: nn.Module) -> int:
     return sum(p.numel() for p in trunk.parameters() if p.ndim >= 2 and id(p) not in looked_up)
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """`peak_memory_gib` counts from here on, on Linux and on a GPU; elsewhere it goes on since the process began."""
+    if device.type == "cuda":  # pragma: no cover - needs a GPU
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): the peak becomes what there is now
+
+
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory that the process has had so far, in GiB: of the GPU where it works on one."""
+    """The most memory that the process has had since `reset_peak_memory`, in GiB: of the GPU where it works on one."""
     if device.type == "cuda":  # pragma: no cover - needs a GPU
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

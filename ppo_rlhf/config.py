@@ -9,7 +9,16 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ppo_rlhf.settings import OptimizerSettings, PPOSettings, SamplingSettings, Ties, TooLong, require
+from ppo_rlhf.reward_settings import RewardSource, ScoreShaping
+from ppo_rlhf.settings import (
+    LoRASettings,
+    OptimizerSettings,
+    PPOSettings,
+    SamplingSettings,
+    Ties,
+    TooLong,
+    require,
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,8 @@ class RunConfig:
     """A Jinja file by which conversations become text; null: the tokenizer's own. It is saved with the policy."""
     trust_remote_code: bool = False
     """Let a model's own Python code run. Only for models whose code you have read."""
+    lora: LoRASettings = field(default_factory=LoRASettings)
+    """Adapters in place of full fine-tuning."""
 
     def __post_init__(self) -> None:
         for name in ("eval_every", "save_every"):
@@ -145,7 +156,8 @@ class RewardConfig(SupervisedConfig):
         super().__post_init__()
         _check_length("max_length", self.max_length)
         require(self.normalization_prompts >= 2, "normalization_prompts must be at least 2.")
-        require(self.language_model_coef >= 0, f"language_model_coef={self.language_model_coef} must not be negative.")
+        coef = self.language_model_coef
+        require(0 <= coef < math.inf, f"language_model_coef={coef} must not be negative, and finite.")
 
 
 @dataclass(frozen=True)
@@ -158,6 +170,7 @@ class MissingEOS:
     """The score to set, or what to subtract."""
 
     def __post_init__(self) -> None:
+        require(math.isfinite(self.value), f"missing_eos.value={self.value} must be finite.")
         require(
             self.rule != "subtract" or self.value >= 0,
             f"missing_eos.value={self.value} would reward a missing eos: rule subtract takes the value off the score.",
@@ -172,8 +185,11 @@ class PPOConfig(RunConfig):
     """The supervised policy to start from: a folder, a Hub name, or module:function."""
     reference: str | None = None
     """The frozen policy that KL is measured to; null: the policy as it starts."""
-    reward: str | None = None
-    """A reward model's folder, or module:function called as function(prompts, responses, **columns) -> scores."""
+    reward: RewardSource | None = None
+    """A reward model's folder, module:function called as function(prompts, responses, **columns) -> scores, or the URL
+    of an HTTP scorer; or several of them, as a list of parts with weights (docs/rewards.md)."""
+    score_shaping: ScoreShaping = field(default_factory=ScoreShaping)
+    """What becomes of a score before it is paid."""
     gold: str | None = None
     """module:function of a true reward, or of a judge: logged, never trained on."""
     prompts: str | None = None
@@ -194,6 +210,15 @@ class PPOConfig(RunConfig):
     """Responses of one rollout, over all processes."""
     value_model: Literal["shared", "separate"] = "shared"
     """shared: a head on the policy's trunk. separate: a model that starts from the reward model, or from the policy."""
+    value_head: str | None = None
+    """A folder with a head that a shared value function starts from, `v_head.summary.…`: a run's value_head/, or one of
+    TRL's; null: that of the policy's folder where it has one, else zero."""
+    overlap_scoring: int = 0
+    """Score responses in groups of so many as they end, in a thread, while others are sampled: where the reward waits,
+    as for a server. 0: in one call afterwards, for a reward that compares a batch's responses, or computes here."""
+    sample_ahead: bool = False
+    """Sample each rollout before the update on the one before it, and score it meanwhile: hides the time that a reward
+    waits. Its policy is one update old then; log-probabilities and ratios are of the policy that sampled."""
     kl_coef: float = 0.05
     """β of the KL penalty in the reward (Stiennon et al., 2020: 0.05), to start with where kl_target is given."""
     kl_target: float | None = None
@@ -225,7 +250,8 @@ class PPOConfig(RunConfig):
         for name in ("num_steps", "batch_size", "max_eval_prompts"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
         require(0 < self.eval_fraction < 1, f"eval_fraction={self.eval_fraction} must lie between 0 and 1.")
-        require(self.kl_coef >= 0, f"kl_coef={self.kl_coef} must not be negative.")
+        require(self.overlap_scoring >= 0, f"overlap_scoring={self.overlap_scoring} must not be negative; 0 is off.")
+        require(0 <= self.kl_coef < math.inf, f"kl_coef={self.kl_coef} must not be negative, and finite.")
         require(self.kl_target is None or self.kl_target > 0, f"kl_target={self.kl_target} must be above 0, or null.")
         require(
             self.kl_horizon >= self.batch_size,

@@ -15,54 +15,96 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.activations import NewGELUActivation
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import is_bitsandbytes_available
 from transformers.utils import logging as transformers_logging
 
+from ppo_rlhf.adapters import has_adapter, merged
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.packing import use_packed_attention
 from ppo_rlhf.references import call, is_reference
 
 PAD_TOKEN = "<|pad|>"
+BASE_CONFIG = "base_config.json"  # in an adapter's folder, where transformers takes config.json for a whole model's
+VALUE_HEAD = "v_head.summary"
 PLAIN_HEAD = "_ppo_rlhf_plain_head"  # an attribute, so that copies of a model know of themselves
 
 
 def load_policy(
-    source: str, *, setting: str, trust_remote_code: bool = False
+    source: str, *, setting: str, trust_remote_code: bool = False, base_bits: int = 32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in float32 with its tokenizer, which has eos and a pad token of its own, left padding.
 
-    source: a folder, a name on the Hub, or `module:function` that returns (model, tokenizer). Raises UserError when it
-    cannot be loaded or the tokenizer has no eos token.
+    source: a folder, a name on the Hub, or `module:function` that returns (model, tokenizer). An adapter's folder gives
+    its base with the adapter on it. base_bits: of the weights of linear layers, by bitsandbytes where they are not 32.
+    Raises UserError when it cannot be loaded or the tokenizer has no eos token.
     """
     transformers_logging.disable_progress_bar()
     if is_reference(source):
         model, tokenizer = call(source)
     else:
-        model = _load(AutoModelForCausalLM, source, setting, trust_remote_code=trust_remote_code)
+        rounded = _rounded(base_bits)
+        model = _load(AutoModelForCausalLM, source, setting, trust_remote_code=trust_remote_code, **rounded)
         tokenizer = load_tokenizer(source, setting=setting, trust_remote_code=trust_remote_code)
     return use_quick_kernels(model), tokenizer_with_pad(model, tokenizer, setting=setting)
 
 
+def _rounded(base_bits: int) -> dict[str, Any]:
+    """The options by which transformers rounds weights as it loads them."""
+    if base_bits == 32:
+        return {}
+    if not is_bitsandbytes_available():
+        raise UserError(
+            f"lora.base_bits={base_bits} needs bitsandbytes, which is not installed: install it, or use 32."
+        )
+    four = base_bits == 4
+    config = BitsAndBytesConfig(load_in_4bit=four, load_in_8bit=not four, bnb_4bit_quant_type="nf4")
+    return {"quantization_config": config}
+
+
 def load_reader(source: str, *, setting: str, trust_remote_code: bool = False) -> tuple[PreTrainedTokenizerBase, int]:
     """What a policy reads by, without its weights: its tokenizer, as `load_policy` gives it, and its context length."""
+    model, tokenizer = policy_without_weights(source, setting=setting, trust_remote_code=trust_remote_code)
+    return tokenizer, context_length(model)
+
+
+def policy_without_weights(
+    source: str, *, setting: str, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What `load_policy` gives, on the meta device: shapes and types of the weights, none of which is read.
+
+    A `module:function` must be called for that, and makes its model.
+    """
     if is_reference(source):
         model, tokenizer = load_policy(source, setting=setting)
-        return tokenizer, context_length(model)
+        return model.to(torch.device("meta")), tokenizer  # type: ignore[arg-type]
     config = _load(AutoConfig, source, setting, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source, setting=setting, trust_remote_code=trust_remote_code)
     add_pad_token(tokenizer, setting=setting)
-    return tokenizer, _context_length(config)
+    config.vocab_size = max(config.vocab_size, len(tokenizer))
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), tokenizer
+
+
+def classifier_without_weights(source: str, *, setting: str) -> PreTrainedModel:
+    """What `load_classifier` gives, on the meta device."""
+    config = _load(AutoConfig, source, setting, num_labels=1)
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(config)
 
 
 def load_tokenizer(source: str, *, setting: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -78,7 +120,10 @@ def load_tokenizer(source: str, *, setting: str, trust_remote_code: bool = False
 
 def load_classifier(source: str, *, setting: str) -> PreTrainedModel:
     """A sequence classifier with one output, in float32: a trained reward model, or a model with a new head."""
-    model = _load(AutoModelForSequenceClassification, source, setting, num_labels=1)
+    options: dict[str, Any] = {"num_labels": 1}
+    if (Path(source) / BASE_CONFIG).exists():  # it has the normalisation
+        options = {"config": AutoConfig.from_pretrained(Path(source) / BASE_CONFIG)}
+    model = _load(AutoModelForSequenceClassification, source, setting, **options)
     if model.config.num_labels != 1:
         raise UserError(f"{setting}: {source} has {model.config.num_labels} outputs; a reward model has one.")
     return use_quick_kernels(model)
@@ -131,6 +176,7 @@ def save_policy(
     *,
     temperature: float = 1.0,
     stop_ids: list[int] | None = None,
+    merge: bool = True,
 ) -> None:
     """A folder that plain transformers loads: safetensors, tokenizer, and generation settings that sample as we do."""
     model.generation_config = GenerationConfig(
@@ -142,25 +188,64 @@ def save_policy(
         eos_token_id=stop_ids or [tokenizer.eos_token_id],
         pad_token_id=tokenizer.pad_token_id,
     )
-    model.save_pretrained(folder)
+    save_model(model, folder, merge=merge)
     tokenizer.save_pretrained(folder)
+
+
+def save_model(model: PreTrainedModel, folder: Path, *, merge: bool) -> None:
+    """The model's folder; of one with an adapter that of plain weights where `merge` says so, else the adapter's alone.
+
+    Plain transformers loads both, the latter where peft and the base are.
+    """
+    if merge:
+        model = merged(model)
+    model.save_pretrained(folder)
+    if has_adapter(model):
+        model.config.to_json_file(folder / BASE_CONFIG)
+
+
+def save_value_head(head: nn.Linear, folder: Path) -> None:
+    """A head alone, by the names that TRL gave it, which `load_value_head` reads."""
+    weights = {f"{VALUE_HEAD}.{name}": tensor.detach().contiguous() for name, tensor in head.named_parameters()}
+    save_file(weights, folder / "value_head.safetensors")
+
+
+def load_value_head(source: str) -> tuple[Tensor, Tensor] | None:
+    """weight (1, d) and bias (1,) of a value head in a folder, None where it holds none.
+
+    Of TRL's AutoModelForCausalLMWithValueHead, whose folder has it beside the language model's weights, or of ours.
+    """
+    names = [f"{VALUE_HEAD}.weight", f"{VALUE_HEAD}.bias"]
+    for path in sorted(Path(source).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            if names[0] in set(file.keys()):
+                return file.get_tensor(names[0]), file.get_tensor(names[1])
+    for path in sorted(Path(source).glob("pytorch_model*.bin")):
+        weights = load_state_dict(str(path), weights_only=True)
+        if names[0] in weights:
+            return weights[names[0]], weights[names[1]]
+    return None
 
 
 def use_quick_kernels(model: PreTrainedModel) -> PreTrainedModel:
     """The same model with quicker parts where it has slow ones; in place, and numerically the same. → the model.
 
     Attention becomes the one that packed batches need, and where a model cannot have it plain matrix products on a CPU:
-    at the lengths that a CPU can train, PyTorch's fused attention is the slower one there. GPT-2's GELU becomes one
-    kernel in place of eight.
+    at the lengths that a CPU can train, PyTorch's fused attention is the slower one there.
     """
     if not use_packed_attention(model) and not torch.accelerator.is_available():
         model.set_attn_implementation("eager")
+    use_fused_gelu(model)
+    setattr(model, PLAIN_HEAD, _computes_plain_logits(model))
+    return model
+
+
+def use_fused_gelu(model: nn.Module) -> None:
+    """GPT-2's GELU, which transformers spells out in eight kernels, becomes one; in place."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))
-    setattr(model, PLAIN_HEAD, _computes_plain_logits(model))
-    return model
 
 
 def has_plain_head(model: nn.Module) -> bool:
@@ -181,8 +266,11 @@ def _computes_plain_logits(model: Any) -> bool:
 
 
 def frozen_copy(model: nn.Module) -> Any:
-    """A copy that no optimizer can move: the reference policy. In evaluation mode."""
-    clone = copy.deepcopy(model)
+    """A copy that no optimizer can move: the reference policy. In evaluation mode.
+
+    What is frozen in the model already, such as the base of its adapter, is shared instead.
+    """
+    clone = copy.deepcopy(model, {id(weight): weight for weight in model.parameters() if not weight.requires_grad})
     return clone.requires_grad_(False).eval()
 
 
@@ -243,11 +331,7 @@ def takes_position_ids(model: nn.Module) -> bool:
 
 def context_length(model: PreTrainedModel) -> int:
     """The longest sequence the model can read, in tokens."""
-    return _context_length(model.config)
-
-
-def _context_length(config: PreTrainedConfig) -> int:
-    return getattr(config, "max_position_embeddings", None) or 2**31
+    return getattr(model.config, "max_position_embeddings", None) or 2**31
 
 
 def _first_line(error: Exception) -> str:

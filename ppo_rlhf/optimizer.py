@@ -9,7 +9,7 @@ from torch import nn
 
 from ppo_rlhf.settings import OptimizerSettings
 
-__all__ = ["OptimizerSettings", "learning_rate", "make_optimizer", "set_learning_rate"]
+__all__ = ["OptimizerSettings", "learning_rate", "make_optimizer", "optimizer_bytes", "set_learning_rate"]
 
 
 def make_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
@@ -30,6 +30,12 @@ def make_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.opti
         eps=settings.epsilon,
         fused=True,
     )
+
+
+def optimizer_bytes(module: nn.Module, settings: OptimizerSettings) -> int:
+    """What the optimizer of a module will hold after its first step: two moments and a step count a parameter."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return sum(2 * parameter.numel() * parameter.element_size() + 4 for parameter in trained)
 
 
 def learning_rate(settings: OptimizerSettings, step: int, num_steps: int) -> float:

@@ -11,6 +11,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ppo_rlhf.compute import set_up_products
 from ppo_rlhf.config import ComparisonConfig, PipelineConfig
 from ppo_rlhf.data import Row, load_rows, stream
 from ppo_rlhf.errors import UserError
@@ -21,6 +24,7 @@ from ppo_rlhf.run import (
     gathered,
     is_finished,
     make_accelerator,
+    matmul_precision_of,
     new_folder,
     read_config,
     refuse_changes,
@@ -117,11 +121,13 @@ def filled_in(config: PipelineConfig, folder: Path) -> PipelineConfig:
     )
 
 
-def check_references(settings: dict[str, Any]) -> None:
+def check_references(settings: dict[Any, Any]) -> None:
     """Raises UserError for a Python object named anywhere in the configuration that cannot be found."""
     for value in settings.values():
         if isinstance(value, dict):
             check_references(value)
+        elif isinstance(value, tuple):
+            check_references(dict(enumerate(value)))
         elif isinstance(value, str) and is_reference(value):
             load_object(value)
 
@@ -149,6 +155,9 @@ def compare(config: PipelineConfig, folder: Path) -> None:
     started = time.monotonic()
     settings, policy_folder = config.comparisons, str(folder / "sft" / "policy")
     accelerator = make_accelerator(folder, precision=config.ppo.precision, log_with=())
+    # As the stage whose policy is asked, also where that was finished before this process began.
+    products = matmul_precision_of(folder / "sft", config.sft.matmul_precision, accelerator.device)
+    set_up_products(products, accelerator.device, torch.float32)
     policy, tokenizer = load_policy(policy_folder, setting="sft")
     policy.to(accelerator.device)
     longest = context_length(policy) - settings.sampling.max_new_tokens

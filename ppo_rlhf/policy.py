@@ -7,7 +7,7 @@ response, index P − 1 + t of prompt and response together.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +77,13 @@ class PolicyWithValue(nn.Module):
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 
+    @torch.no_grad()
+    def set_value_head(self, weight: Tensor, bias: Tensor) -> None:
+        """The shared value function is weight·h + bias from now on. weight (1, d), bias (1,)."""
+        assert self.value_head is not None
+        self.value_head.weight.copy_(weight)
+        self.value_head.bias.copy_(bias)
+
     def checkpoint_activations(self) -> None:
         """From now on, in training mode, activations are computed again in the backward pass: less memory, more time.
 
@@ -86,10 +93,24 @@ class PolicyWithValue(nn.Module):
         if self.value_model is not None:
             self.value_model.trunk.activation_checkpointing_enable()
 
+    @property
+    def evaluates_in_turn(self) -> bool:
+        """Whether decisions and values come from models apart, so that `only` one of them can be asked for."""
+        return self.value_model is not None
+
     def forward(
-        self, *, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, response_mask: Tensor
+        self,
+        *,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        response_ids: Tensor,
+        response_mask: Tensor,
+        only: Literal["decisions", "values"] | None = None,
     ) -> Evaluation:
-        """prompt_ids, prompt_mask (B, P), response_ids, response_mask (B, T) → Evaluation, each (B, T) float32."""
+        """prompt_ids, prompt_mask (B, P), response_ids, response_mask (B, T) → Evaluation, each (B, T) float32.
+
+        only: of a policy with a value model of its own, log-probabilities and entropy, or values; the others are 0.
+        """
         inputs = {
             "prompt_ids": prompt_ids,
             "prompt_mask": prompt_mask,
@@ -97,6 +118,9 @@ class PolicyWithValue(nn.Module):
             "response_mask": response_mask,
         }
         tokens = ResponseTokens.of(inputs)
+        if only == "values":
+            values = self._values(tokens)
+            return Evaluation(torch.zeros_like(values), torch.zeros_like(values), values)
         if has_plain_head(self.language_model):
             hidden = tokens.hidden_states(self.language_model.base_model)
             logprobs, entropy = tokens.logprobs(
@@ -110,12 +134,18 @@ class PolicyWithValue(nn.Module):
             logprobs = logprobs_of(logits[None], tokens.ids[None], temperature=self.temperature)[0]
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable_entropy):
                 entropy = entropy_of(logits[None], temperature=self.temperature)[0]
-        if self.value_model is not None:
-            values = linear_values(self.value_model.head, tokens.hidden_states(self.value_model.trunk))
+        if only == "decisions":
+            values = torch.zeros(tokens.shape, device=hidden.device)
+        elif self.value_head is not None:
+            values = tokens.padded(linear_values(self.value_head, hidden))
         else:
-            assert self.value_head is not None
-            values = linear_values(self.value_head, hidden)
-        return Evaluation(*(tokens.padded(each) for each in (logprobs, entropy, values)))
+            values = self._values(tokens)
+        return Evaluation(tokens.padded(logprobs), tokens.padded(entropy), values)
+
+    def _values(self, tokens: ResponseTokens) -> Tensor:
+        """(B, T) by the value model."""
+        assert self.value_model is not None
+        return tokens.padded(linear_values(self.value_model.head, tokens.hidden_states(self.value_model.trunk)))
 
 
 @dataclass(frozen=True)

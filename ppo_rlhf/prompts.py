@@ -48,12 +48,17 @@ class Prompts:
         longest: tokens; too_long: what becomes of longer prompts, all of which are counted. A prompt that is cut is cut
         in tokens, and its text is that of the tokens which are left.
 
-        Raises UserError for a blank prompt, a longer one that is refused, and where no prompt is left.
+        Raises UserError for a prompt that is blank, or nothing but special tokens, a longer one that is refused, and
+        where no prompt is left.
         """
         texts, encoded = prompt_texts_and_ids(rows, tokenizer, setting=setting)
+        special = set(tokenizer.all_special_ids)
         for index, ids in enumerate(encoded):
-            if not ids:
-                raise UserError(f"{setting}: the tokenizer finds no token in prompt {index}, {texts[index]!r}.")
+            if special.issuperset(ids):
+                raise UserError(
+                    f"{setting}: the tokenizer finds no token in prompt {index}, {texts[index]!r}, or special ones "
+                    "alone; give it some text, or remove the row."
+                )
             if len(ids) > longest and too_long == "refuse":
                 raise UserError(
                     f"{setting}: prompt {index} has {len(ids)} tokens; {longest} fit beside the response in "

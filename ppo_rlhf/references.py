@@ -42,7 +42,7 @@ def call(reference: str, *arguments: Any, **named: Any) -> Any:
         return list(result) if isinstance(result, Iterator) else result
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{reference} raised {type(error).__name__}: {error}") from error
 
 
@@ -59,7 +59,7 @@ def _from_file(path: Path, reference: str) -> Any:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UserError(f"{reference}: importing {path} raised {type(error).__name__}: {error}") from error
     return module
@@ -70,5 +70,5 @@ def _from_name(name: str, reference: str) -> Any:
         sys.path.insert(0, os.getcwd())
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{reference}: importing {name} raised {type(error).__name__}: {error}") from error

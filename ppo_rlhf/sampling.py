@@ -7,8 +7,7 @@ any age go together, and a prompt that is sampled many times is read once.
 from __future__ import annotations
 
 import warnings
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -24,7 +23,7 @@ from ppo_rlhf.models import context_length, evaluating, takes_position_ids
 from ppo_rlhf.prompts import PromptBatch
 from ppo_rlhf.settings import SamplingSettings
 
-__all__ = ["Responses", "SamplingSettings", "draw", "sample", "stop_ids_of", "stream", "warn_of_truncation"]
+__all__ = ["Responses", "SamplingSettings", "draw", "sample", "stop_ids_of", "stream", "texts_of", "warn_of_truncation"]
 
 ADMISSION_SHARE = 0.25  # prompts enter when so many rows are free: reading several costs little more than reading one
 SPARE_COLUMNS = 64  # steps between two moves of the whole cache, where prompts wait
@@ -49,6 +48,9 @@ def sample(
     prompts: PromptBatch,
     settings: SamplingSettings,
     noise: Tensor,
+    *,
+    on_finished: Callable[[list[int], Responses], None] | None = None,
+    group_size: int = 1,
 ) -> Responses:
     """Samples one response for each prompt.
 
@@ -56,17 +58,39 @@ def sample(
     distribution at noise[b, t]. So a row's response depends on its prompt and its noise, not on its
     neighbours or on when they stop.
 
+    on_finished: called with the next group_size rows that have ended and their responses, while others are still being
+    sampled, and at the end with those that are left; which rows make a group depends on their lengths alone.
+
     → Responses, T being the longest response's length. The model's mode is kept; no dropout acts here. Raises
     UserError for a prompt that leaves no room for max_new_tokens in the model's context, and for recurrent models.
     """
     lines = [ids[mask].tolist() for ids, mask in zip(prompts.ids, prompts.mask, strict=True)]
-    drawn = deque(decode(language_model, tokenizer, lines, settings, noise), maxlen=1).pop()
-    lengths = drawn.lengths[:-1]
+    ended: list[int] = []  # rows that no group has had yet
+    for drawn in decode(language_model, tokenizer, lines, settings, noise):
+        if on_finished is None:
+            continue
+        ended += drawn.ended.tolist()
+        while len(ended) >= group_size:
+            group, ended = ended[:group_size], ended[group_size:]
+            on_finished(group, _responses(drawn, group, tokenizer))
+    if on_finished is not None and ended:
+        on_finished(ended, _responses(drawn, ended, tokenizer))
+    return _responses(drawn, range(len(lines)), tokenizer)
+
+
+def _responses(drawn: Drawn, rows: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Responses:
+    """Those of some rows, all of which have ended."""
+    places = torch.tensor(rows, device=drawn.ids.device)
+    lengths = drawn.lengths[places]
     width = int(lengths.max())
-    ids, logprobs = drawn.ids[:-1, :width], drawn.logprobs[:-1, :width]
-    mask = torch.arange(width, device=ids.device) < lengths[:, None]
-    texts = [_text(tokenizer, line[kept].tolist()) for line, kept in zip(ids, mask, strict=True)]
-    return Responses(ids, mask, drawn.finished[:-1], texts, logprobs)
+    mask = torch.arange(width, device=places.device) < lengths[:, None]
+    ids = drawn.ids[places, :width]
+    return Responses(ids, mask, drawn.finished[places], texts_of(ids, mask, tokenizer), drawn.logprobs[places, :width])
+
+
+def texts_of(ids: Tensor, mask: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Responses as texts, without special tokens: ids, mask (B, T) → [B]."""
+    return [_text(tokenizer, line[kept].tolist()) for line, kept in zip(ids, mask, strict=True)]
 
 
 def stream(
@@ -104,12 +128,13 @@ def _last_whole(tokenizer: PreTrainedTokenizerBase, ids: list[int], start: int, 
 
 @dataclass
 class Drawn:
-    """What has been drawn so far. One row more than prompts: the last catches what idle rows of the cache draw."""
+    """What has been drawn so far. One row more than prompts: the last catches what idle slots of the cache draw."""
 
     ids: Tensor  # (B + 1, max_new_tokens) int64
     logprobs: Tensor  # (B + 1, max_new_tokens) float32
     lengths: Tensor  # (B + 1,) int64
     finished: Tensor  # (B + 1,) bool
+    ended: Tensor  # (k,) the rows whose last token came with the last step
 
     @classmethod
     def nothing(cls, num_rows: int, length: int, pad_id: int, device: torch.device) -> Drawn:
@@ -119,7 +144,51 @@ class Drawn:
             torch.zeros(num_rows + 1, length, device=device),
             torch.zeros(num_rows + 1, dtype=torch.int64, device=device),
             torch.zeros(num_rows + 1, dtype=torch.bool, device=device),
+            torch.zeros(0, dtype=torch.int64, device=device),
         )
+
+    def add(self, rows: Tensor, steps: Tensor, tokens: Tensor, logprobs: Tensor) -> None:
+        """The token that each of these rows draws as its step-th, all (N,)."""
+        self.ids[rows, steps], self.logprobs[rows, steps] = tokens, logprobs
+        self.lengths[rows] = steps + 1
+        self.lengths[-1] = 0
+
+    def end(self, rows: Tensor, stopped: Tensor) -> Tensor:
+        """Notes which rows stopped with their last token, and which ended, by that or by their length. → (N,) bool."""
+        self.finished[rows] = stopped
+        ended = (stopped | (self.lengths[rows] == self.ids.shape[1])) & (rows < len(self.ids) - 1)
+        self.ended = rows[ended]
+        return ended
+
+
+@dataclass
+class Slots:
+    """The rows of the cache: which prompt each of them decodes, and what it reads next."""
+
+    rows: Tensor  # (slots,) the prompt's number; `idle` for none
+    tokens: Tensor  # (slots,)
+    idle: int
+    running: int = 0
+
+    def take(self, group: list[int], last_tokens: Tensor, cache: ColumnCache) -> Tensor:
+        """Free slots for these prompts. → (k,)"""
+        slots = (self.rows == self.idle).nonzero().squeeze(1)[: len(group)]
+        self.rows[slots] = torch.tensor(group, device=slots.device)
+        self.tokens[slots] = last_tokens[self.rows[slots]]
+        self.running += len(group)
+        cache.window.used = len(self.rows) if cache.window.static else self.running
+        return slots
+
+    def leave(self, ended: Tensor, cache: ColumnCache) -> None:
+        """Frees the slots whose rows have ended, (used,) bool."""
+        self.running -= int(ended.sum())
+        if cache.window.static:
+            cache.free(ended.nonzero().squeeze(1))
+            self.rows[ended] = self.idle
+            return
+        new, old = cache.close_ranks(ended)
+        self.rows[new], self.tokens[new] = self.rows[old], self.tokens[old]
+        self.rows[self.running :] = self.idle
 
 
 @torch.no_grad()
@@ -142,61 +211,43 @@ def decode(
     static = device.type == "cuda" if static is None else static
     waiting = sorted(range(num_prompts), key=lambda row: (len(prompts[row]), prompts[row]))  # the last one first
     longest = len(prompts[waiting[-1]]) - 1
-    num_slots, num_columns = _room(settings, num_prompts, longest)
-    cache = ColumnCache(
-        model.config.get_text_config().num_hidden_layers, num_slots, num_columns, longest, device=device, static=static
-    )
+    num_slots, num_columns = cache_room(settings, num_prompts, longest)
+    num_layers = model.config.get_text_config().num_hidden_layers
+    cache = ColumnCache(num_layers, num_slots, num_columns, longest, device=device, static=static)
     drawn = Drawn.nothing(num_prompts, limit, int(tokenizer.pad_token_id), device)
     noise = torch.cat([noise[:, :limit].to(device), noise.new_zeros(1, limit, device=device)])
     last_tokens = torch.tensor([line[-1] for line in prompts] + [0], device=device)
     last_positions = torch.tensor([len(line) - 1 for line in prompts] + [0], device=device)
+    rows = torch.full((num_slots,), num_prompts, device=device)
     stop_ids = torch.tensor(stop_ids_of(settings, tokenizer), device=device)
-    rows = torch.full((num_slots,), num_prompts, device=device)  # which prompt each row of the cache has; B: none
-    tokens = torch.zeros_like(rows)  # the next to read
+    slots = Slots(rows, tokens=torch.zeros_like(rows), idle=num_prompts)
 
     with evaluating(model):
         read = step = forward_of(model, num_rows=num_slots)
         if static and device.type == "cuda":  # pragma: no cover - needs a GPU
             step = torch.compile(read, mode="reduce-overhead", fullgraph=True)
         prefix = _read_shared_prefix(model, read, cache, prompts)
-        running = 0
-        while waiting or running:
-            free = num_slots - running
+        while waiting or slots.running:
+            free = num_slots - slots.running
             if waiting and free >= min(len(waiting), max(1, ADMISSION_SHARE * num_slots)):
                 group = [waiting.pop() for _ in range(min(free, len(waiting)))]
-                slots = (rows == num_prompts).nonzero().squeeze(1)[: len(group)]
-                _read_prompts(read, cache, [prompts[row][:-1] for row in group], slots, prefix)
-                rows[slots] = torch.tensor(group, device=device)
-                tokens[slots] = last_tokens[rows[slots]]
-                running += len(group)
-                cache.window.used = num_slots if static else running
+                places = slots.take(group, last_tokens, cache)
+                _read_prompts(read, cache, [prompts[row][:-1] for row in group], places, prefix)
+
             used = cache.window.used
-
-            current, steps = rows[:used], drawn.lengths[rows[:used]]
-            positions = (last_positions[current] + steps)[:, None]
-            logits = step(tokens[:used, None], positions, cache.open_column(), cache)
+            rows, steps = slots.rows[:used], drawn.lengths[slots.rows[:used]]
+            positions = (last_positions[rows] + steps)[:, None]
+            logits = step(slots.tokens[:used, None], positions, cache.open_column(), cache)
             cache.close_column()
-            new, logprobs = draw(logits, noise[current, steps], settings)
-            tokens[:used] = new
-            drawn.ids[current, steps], drawn.logprobs[current, steps] = new, logprobs
-            stopped = (new[:, None] == stop_ids).any(1)
+            slots.tokens[:used], logprobs = draw(logits, noise[rows, steps], settings)
+            drawn.add(rows, steps, slots.tokens[:used], logprobs)
+            stopped = (slots.tokens[:used, None] == stop_ids).any(1)
             if settings.stop_strings:
-                stopped |= _stop_strings_end(tokenizer, drawn.ids, current, steps, settings)
-            drawn.finished[current] = stopped
-            drawn.lengths[current] = steps + 1
-            drawn.lengths[num_prompts] = 0
+                stopped |= _stop_strings_end(tokenizer, drawn.ids, rows, steps, settings)
+            ended = drawn.end(rows, stopped)
             yield drawn
-
-            ended = (stopped | (steps + 1 == limit)) & (current < num_prompts)
-            if bool(ended.any()):
-                running -= int(ended.sum())
-                if static:
-                    cache.free(ended.nonzero().squeeze(1))
-                else:
-                    new, old = cache.close_ranks(ended)
-                    rows[new], tokens[new] = rows[old], tokens[old]
-                    ended = torch.arange(num_slots, device=device) >= running
-                rows[: len(ended)][ended] = num_prompts
+            if len(drawn.ended):
+                slots.leave(ended, cache)
 
 
 def _check(model: PreTrainedModel, prompts: list[list[int]], settings: SamplingSettings, noise: Tensor) -> None:
@@ -216,7 +267,7 @@ def _check(model: PreTrainedModel, prompts: list[list[int]], settings: SamplingS
         )
 
 
-def _room(settings: SamplingSettings, num_prompts: int, longest: int) -> tuple[int, int]:
+def cache_room(settings: SamplingSettings, num_prompts: int, longest: int) -> tuple[int, int]:
     """How many rows and columns the cache has."""
     num_rows, num_columns = min(settings.batch_size, num_prompts), longest + settings.max_new_tokens
     budget = settings.cached_tokens or num_rows * (num_columns + SPARE_COLUMNS)

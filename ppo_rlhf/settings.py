@@ -6,6 +6,7 @@ Each field's default names its source. `ppo_rlhf.update`, `ppo_rlhf.sampling` an
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf, isfinite
 from typing import Literal
 
 from ppo_rlhf.errors import UserError
@@ -60,7 +61,8 @@ class PPOSettings:
         dual_clip = self.dual_clip
         require(dual_clip is None or dual_clip > 1, f"ppo.dual_clip={dual_clip} must be above 1, or null.")
         require(self.max_grad_norm > 0, f"ppo.max_grad_norm={self.max_grad_norm} must be above 0.")
-        require(self.value_coef >= 0, f"ppo.value_coef={self.value_coef} must not be negative.")
+        require(0 <= self.value_coef < inf, f"ppo.value_coef={self.value_coef} must not be negative, and finite.")
+        require(isfinite(self.entropy_coef), f"ppo.entropy_coef={self.entropy_coef} must be finite.")
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,43 @@ class OptimizerSettings:
     """Adam's ε (lm-human-preferences, baselines: 1e-5)."""
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, f"optimizer.lr={self.lr} must be above 0.")
+        require(0 < self.lr < inf, f"optimizer.lr={self.lr} must be above 0, and finite.")
         require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must not be negative.")
-        require(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay} must not be negative.")
+        decay = self.weight_decay
+        require(0 <= decay < inf, f"optimizer.weight_decay={decay} must not be negative, and finite.")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)} must lie in [0, 1).")
         require(self.epsilon > 0, f"optimizer.epsilon={self.epsilon} must be above 0.")
+
+
+@dataclass(frozen=True)
+class LoRASettings:
+    """Low-rank adapters in place of full fine-tuning (Hu et al., 2021; read by `ppo_rlhf.adapters`). Extra: `lora`."""
+
+    rank: int = 0
+    """r of the trained B·A, W + α/r · B·A (peft: 8); 0: all weights are trained, or the adapter that the model has."""
+    alpha: float = 16.0
+    """α (Hu et al., 2021, GPT-2: 32 at rank 4; QLoRA: 16)."""
+    dropout: float = 0.0
+    """Of what enters A, in sft and reward alone: in PPO no dropout acts."""
+    target_modules: tuple[str, ...] = ()
+    """Names of the matrices to adapt, such as c_attn; empty: all but embeddings and head (Dettmers et al., 2023)."""
+    merge: bool = True
+    """Save plain weights, the adapter merged in. false: the adapter alone, which transformers loads with its base."""
+    base_bits: Literal[32, 8, 4] = 32
+    """Of a frozen weight of the model that is loaded; 8 and 4 (NF4) need bitsandbytes, and merge=false."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, f"lora.rank={self.rank} must not be negative; 0 trains all weights.")
+        require(self.alpha > 0, f"lora.alpha={self.alpha} must be above 0.")
+        require(0 <= self.dropout < 1, f"lora.dropout={self.dropout} must lie in [0, 1).")
+        if self.base_bits != 32:
+            require(self.rank > 0, f"lora.base_bits={self.base_bits}: such weights cannot be trained; set lora.rank.")
+            require(
+                not self.merge,
+                f"lora.base_bits={self.base_bits}: an adapter cannot be merged into rounded weights; set lora.merge to "
+                "false, and merge it into the whole ones by ppo-rlhf export.",
+            )
 
 
 @dataclass(frozen=True)
@@ -114,7 +147,8 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, f"sampling.max_new_tokens={self.max_new_tokens} must be at least 1.")
-        require(self.temperature > 0, f"sampling.temperature={self.temperature} must be above 0.")
+        temperature = self.temperature
+        require(0 < temperature < inf, f"sampling.temperature={temperature} must be above 0, and finite.")
         require(self.top_k >= 0, f"sampling.top_k={self.top_k} must not be negative; 0 keeps all tokens.")
         require(0 < self.top_p <= 1, f"sampling.top_p={self.top_p} must lie in (0, 1]; 1 keeps all tokens.")
         require("" not in self.stop_strings, 'sampling.stop_strings: "" would end every response at once.')

@@ -14,9 +14,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from ppo_rlhf.core import Experience, ppo_loss, whiten
-from ppo_rlhf.core.losses import kl_old_new
+from ppo_rlhf.core import Evaluation, Experience, ppo_loss, whiten
+from ppo_rlhf.core.losses import STATISTICS, kl_old_new
 from ppo_rlhf.core.masked import SumAcross, identity
+from ppo_rlhf.micro_batches import MicroBatch, average_gradients, local_gradients
 from ppo_rlhf.settings import PPOSettings
 
 __all__ = ["PPOSettings", "measured_kl", "ppo_update"]
@@ -34,12 +35,14 @@ def ppo_update(
     generator: torch.Generator,
     kl_penalty_coef: float = 0.0,
     kl_divergence: KLDivergence | None = None,
+    micro_batch: MicroBatch | None = None,
 ) -> dict[str, float]:
     """Improves the policy on one rollout: exactly num_epochs × num_minibatches optimizer steps, unless one is skipped
     for a gradient that is not finite, or the target-KL stop ends the update (Schulman et al., 2017, algorithm 1).
 
     policy(**experience.inputs) -> Evaluation. experience: this process's rows; each process must hold as many.
     generator: shuffles the rows, on the CPU. kl_penalty_coef, kl_divergence: PPO-Penalty's β and exact KL(old‖new).
+    micro_batch: the one to keep between updates, which shrinks where memory runs out.
 
     A minibatch's loss is its sum over micro-batches and processes divided by the decisions in all of them, so how it is
     split changes memory and speed and nothing else. → the statistics of `ppo_loss` averaged over the steps, `grad_norm`
@@ -59,6 +62,7 @@ def ppo_update(
     raw = getattr(optimizer, "optimizer", optimizer)
     fused = alone and raw.defaults.get("fused")
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    micro_batch = micro_batch or MicroBatch(settings.micro_batch_size, accelerator, setting="ppo.micro_batch_size")
     compiled = alone and settings.compile
     gradient_of = _compiled_gradient if compiled else _gradient
     loss_settings = _loss_settings(settings, kl_penalty_coef, kl_divergence, experience.mask.device)
@@ -67,8 +71,11 @@ def ppo_update(
     first_kl = torch.zeros(())
     with _tracing_gradients() if compiled else contextlib.nullcontext():
         for minibatch, count in _minibatches(experience, size, settings, sum_across, mean_across, generator):
-            pieces = list(minibatch.split(settings.micro_batch_size or size))
-            statistics = gradient_of(policy, pieces, loss_settings, count, None if alone else accelerator)
+            gradient = functools.partial(
+                gradient_of, policy, minibatch, loss_settings, count, None if alone else accelerator
+            )
+            statistics = micro_batch.fitting(gradient, size, undo=raw.zero_grad)
+            average_gradients(parameters, accelerator)
             names = list(statistics)
             means = mean_across(torch.stack(list(statistics.values())))
             if not history:  # nothing has moved yet
@@ -160,32 +167,60 @@ def _loss_settings(
 
 def _gradient(
     policy: nn.Module,
-    pieces: Sequence[Experience],
+    minibatch: Experience,
     loss_settings: dict[str, Any],
     count: Tensor,
     accelerator: Accelerator | None,
+    micro_batch_size: int,
 ) -> dict[str, Tensor]:
-    """Adds a minibatch's gradient to the parameters', micro-batch by micro-batch; → its summed statistics.
+    """Adds this process's gradient of a minibatch to the parameters', by micro-batches; → its summed statistics.
 
     accelerator: None in a process that works alone, without a loss scaler.
     """
     totals: dict[str, Tensor] = {}
+    pieces = list(minibatch.split(micro_batch_size))
     for index, piece in enumerate(pieces):
         last = index == len(pieces) - 1
-        with contextlib.nullcontext() if accelerator is None or last else accelerator.no_sync(policy):
-            loss, statistics = ppo_loss(policy(**piece.inputs), piece, **loss_settings, count=count)
-            loss.backward() if accelerator is None else accelerator.backward(loss)
+        statistics: dict[str, Tensor] = {}
+        with contextlib.nullcontext() if accelerator is None else local_gradients(policy, accelerator, last=last):
+            for evaluation, measured in _evaluations(policy, piece, accelerator):
+                loss, found = ppo_loss(evaluation, piece, **loss_settings, count=count)
+                loss.backward() if accelerator is None else accelerator.backward(loss)
+                statistics |= {name: found[name] for name in measured}
         totals = _summed(totals, statistics)
     return totals
 
 
+def _evaluations(
+    policy: nn.Module, piece: Experience, accelerator: Accelerator | None
+) -> Iterator[tuple[Evaluation, Sequence[str]]]:
+    """What the policy says of a micro-batch, and the statistics that can be taken from it.
+
+    Where its decisions and values come from models apart they come in turn, each with the other as it was in the
+    rollout, which adds a constant to the loss: the gradient is the same, and memory holds the activations of one model.
+    """
+    module: Any = policy if accelerator is None else accelerator.unwrap_model(policy)
+    if not getattr(module, "evaluates_in_turn", False):
+        yield policy(**piece.inputs), STATISTICS
+        return
+    decisions = policy(**piece.inputs, only="decisions")
+    yield decisions._replace(values=piece.values), [name for name in STATISTICS if name != "loss/value"]
+    values = policy(**piece.inputs, only="values").values
+    yield Evaluation(piece.logprobs, decisions.entropy.detach(), values), ["loss/value"]
+
+
 def _compiled_gradient(
-    policy: nn.Module, pieces: Sequence[Experience], loss_settings: dict[str, Any], count: Tensor, _: None
+    policy: nn.Module,
+    minibatch: Experience,
+    loss_settings: dict[str, Any],
+    count: Tensor,
+    _: None,
+    micro_batch_size: int,
 ) -> dict[str, Tensor]:
     """The same of a process that works alone, forward and backward pass compiled into one graph."""
     totals: dict[str, Tensor] = {}
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    for piece in pieces:
+    for piece in minibatch.split(micro_batch_size):
         gradients, statistics = _compiled_loss_gradient()(policy, parameters, piece, loss_settings, count)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

@@ -1,8 +1,6 @@
 """The ready-made Accelerate configurations: read by Accelerate's own loader, and the one that can run here is run."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -61,16 +59,9 @@ def test_two_cpu_processes_are_really_two(models, data, tmp_path):
         f"ppo --policy {models['gpt2']} --prompts {data['prompts']} --reward user.py:vowels --batch_size 8 "
         "--num_steps 1 --max_eval_prompts 4 --sampling.max_new_tokens 4 --log_with [] --output-dir run"
     )
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"{FOLDER}/two_cpu_processes.yaml"]
-    done = subprocess.run(
-        [*launcher, "-m", "ppo_rlhf", *words.split()],
-        cwd=tmp_path,
-        env=tiny_runs.environment(ACCELERATE_USE_CPU="true"),
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", f"{FOLDER}/two_cpu_processes.yaml"]
+    words = [*launcher, "-m", "ppo_rlhf", *words.split()]
+    done = tiny_runs.python(*words, cwd=tmp_path, timeout=180, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["processes"] == 2
     assert steps_of(tmp_path / "run") == [0, 1]

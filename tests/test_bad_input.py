@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+import tiny_models
 import tiny_runs
 import torch
+from refusals import refusal
 from tiny_runs import data, in_tmp_path, models, write_rows
 
 from ppo_rlhf.cli import main
@@ -50,7 +53,33 @@ def table(prompts, responses, **columns):
     import numpy
     return numpy.ones((len(responses), 2))
 
+def huge(prompts, responses, **columns):
+    return [10**400] * len(responses)
+
+def tensor_table(prompts, responses, **columns):
+    import torch
+    return torch.ones(len(responses), 2)
+
+def complex_tensor(prompts, responses, **columns):
+    import torch
+    return 1j * torch.ones(len(responses))
+
+def by_name(prompts, responses, **columns):
+    return {response: 1.0 for response in responses}
+
+def text(prompts, responses, **columns):
+    return "1" * len(responses)
+
+def two_arguments(prompts, responses):
+    return [1.0] * len(responses)
+
+def leaves(prompts, responses, **columns):
+    raise SystemExit(3)
+
 not_a_function = 3
+
+def leaving():
+    raise SystemExit(3)
 
 def failing():
     raise FileNotFoundError("no such disk")
@@ -61,28 +90,78 @@ def failing_midway():
 """
 
 
+def damaged(folder, source, change):
+    """A copy of a model's folder; change(folder) harms it."""
+    shutil.copytree(source, folder)
+    change(folder)
+    return str(folder)
+
+
+def cut_weights(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+
+
+def another_width(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"n_embd": 2 * config["n_embd"]}))
+
+
+def without_tokenizer(folder):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+DAMAGES = {
+    "cut_weights": cut_weights,
+    "no_weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "another_width": another_width,
+    "no_config": lambda folder: (folder / "config.json").unlink(),
+    "broken_config": lambda folder: (folder / "config.json").write_text('{"model_type": '),
+    "unknown_type": lambda folder: (folder / "config.json").write_text('{"model_type": "abacus"}'),
+    "no_tokenizer": without_tokenizer,
+    "broken_tokenizer": lambda folder: (folder / "tokenizer.json").write_text('{"model": '),
+}
+
+
+@pytest.fixture(scope="session")
+def bad_models(models, tmp_path_factory):
+    """Folders of models that cannot be used, by what is wrong with them."""
+    folder = tmp_path_factory.mktemp("bad")
+    made = {name: damaged(folder / name, models["gpt2"], change) for name, change in DAMAGES.items()}
+    tokens = tiny_runs.tokenizer(size=280)
+    made["small_vocabulary"] = tiny_runs.save(folder / "small_vocabulary", tiny_runs.model(tokens), tokens)
+    made["two_outputs"] = reward_model_of(folder / "two_outputs", tiny_runs.tokenizer(), num_labels=2)
+    return made
+
+
 @pytest.fixture
-def paths(models, data, tmp_path):
+def paths(models, data, bad_models, tmp_path):
     """What the command lines below name in braces."""
     (tmp_path / "user.py").write_text(USER)
     (tmp_path / "broken.py").write_text("def length(:\n")
     (tmp_path / "raises.py").write_text("raise OSError('no disk')\n")
-    return models | data
+    (tmp_path / "script.py").write_text("def length(): ...\nraise SystemExit(0)\n")
+    write_rows("bonus.jsonl", [{**row, "bonus": 1} for row in tiny_runs.prompts(20)])
+    return models | data | bad_models
+
+
+def reward_model_of(folder, tokens, *, num_labels=1):
+    """A reward model with this tokenizer."""
+    from transformers import GPT2ForSequenceClassification
+
+    config = tiny_runs.model(tokens).config
+    config.num_labels = num_labels
+    config.pad_token_id = 1
+    return tiny_runs.save(folder, GPT2ForSequenceClassification(config), tokens)
 
 
 def refused(capfd, words, output="out"):
     """The one line by which a command refuses; nothing but it may be left behind."""
     existed = os.path.exists(output)
-    code = main(words)
-    captured = capfd.readouterr()
-    lines = captured.err.splitlines()
-    assert code == 2, captured
-    assert len(lines) == 1, captured.err
-    assert lines[0].startswith("error: ")
-    assert "Traceback" not in captured.err
-    assert captured.out == ""
+    line = refusal(main, words, capfd)
     assert existed or not os.path.exists(output)
-    return lines[0]
+    return line
 
 
 STAGES = {
@@ -126,6 +205,31 @@ COMMAND_LINES = [
     ("sft --optimizer.schedule step", ["optimizer.schedule", "step"]),
     ("ppo --value_model own", ["value_model", "own"]),
     ("ppo --missing_eos.rule drop", ["missing_eos.rule", "drop"]),
+    ("sft --eval_every null", ["eval_every", "None"]),
+    ("sft --seed null", ["seed", "None"]),
+    ("sft --optimizer.lr null", ["optimizer.lr", "None"]),
+    ("sft --optimizer null", ["optimizer"]),
+    ("sft --resume null", ["null"]),
+    ("sft --batch_size [4]", ["batch_size"]),
+    ("sft --batch_size {{}}", ["batch_size"]),
+    ("sft --batch_size 1e400", ["batch_size"]),
+    ("sft --seed 4294967296", ["seed=4294967296"]),
+    ("sft --eval_fraction .nan", ["eval_fraction"]),
+    ("sft --matmul_precision best", ["matmul_precision", "best"]),
+    ("ppo --sampling.temperature .nan", ["sampling.temperature=nan"]),
+    ("ppo --sampling.temperature .inf", ["sampling.temperature=inf"]),
+    ("ppo --kl_coef .inf", ["kl_coef=inf"]),
+    ("ppo --ppo.entropy_coef .nan", ["ppo.entropy_coef=nan"]),
+    ("ppo --ppo.value_coef .inf", ["ppo.value_coef=inf"]),
+    ("ppo --missing_eos.value .nan", ["missing_eos.value=nan"]),
+    ("sft --optimizer.lr .inf", ["optimizer.lr=inf"]),
+    ("sft --optimizer.weight_decay .inf", ["optimizer.weight_decay=inf"]),
+    ("reward --language_model_coef .inf", ["language_model_coef=inf"]),
+    ("ppo --kl_horizon .nan", ["kl_horizon=nan"]),
+    ("ppo --sampling.stop_strings 3", ["stop_strings"]),
+    ("ppo --sampling.cached_tokens 0", ["sampling.cached_tokens=0"]),
+    ("ppo --frozen_precision fp8", ["frozen_precision", "fp8"]),
+    ("ppo --ppo null", ["ppo"]),
     ("ppo --sampling.stop_token_ids a", ["stop_token_ids"]),
     ("ppo --ppo.num_epochs null", ["ppo.num_epochs"]),
     ("sft --optimizer 3", ["optimizer"]),
@@ -206,7 +310,24 @@ COMMAND_LINES = [
     ("sft --policy {without_eos}", ["policy", "eos"]),
     ("reward --policy {without_eos}", ["policy", "eos"]),
     ("ppo --policy {without_eos}", ["policy", "eos"]),
+    ("sft --policy {cut_weights}", ["policy", "cut_weights"]),
+    ("sft --policy {no_weights}", ["policy", "no_weights"]),
+    ("sft --policy {another_width}", ["policy", "another_width"]),
+    ("sft --policy {no_config}", ["policy", "no_config"]),
+    ("sft --policy {broken_config}", ["policy", "broken_config"]),
+    ("sft --policy {unknown_type}", ["policy", "unknown_type"]),
+    ("sft --policy {no_tokenizer}", ["policy", "no_tokenizer", "tokenizer"]),
+    ("sft --policy {broken_tokenizer}", ["policy", "broken_tokenizer"]),
+    ("ppo --reference {small_vocabulary}", ["reference", "vocabulary"]),
+    ("ppo --reference {another_width}", ["reference", "another_width"]),
+    ("ppo --reward {two_outputs}", ["reward", "two_outputs"]),
+    ("ppo --reward {cut_weights}", ["reward", "cut_weights"]),
+    ("ppo --reward {no_tokenizer}", ["reward", "no_tokenizer"]),
+    ("ppo --reward {without_eos}", ["reward", "eos"]),
+    ("ppo --gold {two_outputs}", ["gold", "two_outputs"]),
     ("sft --policy user:no_such", ["user:no_such"]),
+    ("sft --policy user.py:failing", ["user.py:failing"]),
+    ("sft --policy user.py:length", ["user.py:length"]),
     ("sft --policy user.py:failing", ["user.py:failing", "FileNotFoundError", "no such disk"]),
     ("sft --data user.py:failing", ["user.py:failing", "FileNotFoundError", "no such disk"]),
     ("sft --data user.py:failing_midway", ["user.py:failing_midway", "no such disk"]),
@@ -222,11 +343,20 @@ COMMAND_LINES = [
     ("ppo --reward user.py:raises", ["raises", "RuntimeError", "the judge is ill"]),
     ("ppo --reward user.py:raises_over_lines", ["raises_over_lines", "ill"]),
     ("ppo --reward user.py:table", ["table"]),
+    ("ppo --reward user.py:huge", ["huge"]),
+    ("ppo --reward user.py:tensor_table", ["tensor_table"]),
+    ("ppo --reward user.py:complex_tensor", ["complex_tensor"]),
+    ("ppo --reward user.py:by_name", ["by_name"]),
+    ("ppo --reward user.py:text", ["text", "1111"]),
+    ("ppo --reward user.py:two_arguments --prompts bonus.jsonl", ["two_arguments", "bonus"]),
+    ("ppo --reward user.py:leaves", ["leaves", "SystemExit"]),
     ("ppo --reward user.py:lenght", ["user.py", "lenght", "Did you mean length?"]),
     ("ppo --reward nobody.py:length", ["nobody.py"]),
     ("ppo --reward nobody.rewards:length", ["nobody.rewards:length"]),
     ("ppo --reward broken.py:length", ["broken.py", "SyntaxError"]),
     ("ppo --reward raises.py:length", ["raises.py", "no disk"]),
+    ("ppo --reward script.py:length", ["script.py", "SystemExit"]),
+    ("ppo --prompts user.py:leaving", ["user.py:leaving", "SystemExit"]),
     ("ppo --reward user.py:not_a_function", ["user.py:not_a_function", "int"]),
     ("ppo --gold user.py:nan", ["nan"]),
     ("reward --gold user.py:raises", ["raises", "the judge is ill"]),
@@ -276,6 +406,15 @@ CONFIGS = {
     "a nested value out of range": ("optimizer: {lr: -1}\n", ["optimizer.lr=-1"]),
     "a list": ("- batch_size\n- 3\n", ["config.yaml"]),
     "a text": ("batch_size\n", ["config.yaml"]),
+    "null for a number": ("eval_every: null\n", ["eval_every", "null"]),
+    "null for a nested number": ("optimizer: {lr: null}\n", ["optimizer.lr", "null"]),
+    "null for a group": ("optimizer: null\n", ["optimizer"]),
+    "no value at all": ("batch_size:\n", ["batch_size"]),
+    "what refers to itself": ("extra: &a [*a]\n", ["config.yaml"]),
+    "another's object": ("data: !!python/object/apply:os.getcwd []\n", ["config.yaml"]),
+    "brackets without end": ("[" * 3000, ["config.yaml"]),
+    "a number without end": (f"seed: {'9' * 5000}\n", ["config.yaml"]),
+    "an invisible name": ("batch_size\u200b: 4\n", ["batch_size"]),
     "malformed YAML": ("batch_size: [3\noptimizer: }\n", ["config.yaml"]),
     "tabs": ("optimizer:\n\tlr: 3\n", ["config.yaml"]),
     "the settings of another stage": ("kl_coef: 0.1\n", ["kl_coef"]),
@@ -341,6 +480,26 @@ DATA = {
     "no prompt in one comparison": ("reward", rows(prompt=None), ["prompt", "row 3"]),
     "no chosen in one comparison": ("reward", rows(chosen=None), ["chosen"]),
     "no prompt in one row": ("ppo", rows(prompt=None), ["prompt", "row 3"]),
+    "a prompt of a megabyte": ("ppo", rows(prompt="fish " * 200_000), ["prompt 3", "200001 tokens"]),
+    "a demonstration of a megabyte": ("sft", rows(completion="fish " * 200_000), ["demonstration 3", "max_length"]),
+    "a prompt of special tokens alone": ("ppo", rows(prompt=tiny_models.EOS * 3), ["prompt 3", "special"]),
+    "a demonstration's prompt of special tokens alone": (
+        "sft",
+        rows(prompt=tiny_models.EOS),
+        ["data: row 3", "special"],
+    ),
+    "a number among the prompts": ("ppo", rows(prompt=3), ["given.jsonl"]),
+    "a list among the completions": ("sft", rows(completion=[" a"]), ["given.jsonl"]),
+    "demonstrations mixed with texts": (
+        "sft",
+        [*rows(), {"text": "a fish"}],
+        ["column 'prompt'"],
+    ),
+    "comparisons mixed with rankings": (
+        "reward",
+        [*rows(completion=...), {"prompt": "a", "responses": [" a", " b"], "ranks": [1, 2]}],
+        ["responses"],
+    ),
     "numbers for prompts": ("ppo", [{"prompt": number} for number in range(10)], ["prompt", "int"]),
     "numbers for completions": (
         "sft",
@@ -394,7 +553,19 @@ def test_a_data_file_that_is_missing_is_named(stage, paths, capfd):
         ("header.csv", b"prompt,completion\n"),
         ("invalid.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "a", "compl\n'),
         ("latin.jsonl", '{"prompt": "café", "completion": "b"}\n'.encode("latin-1")),
+        ("null.jsonl", b"null\n"),
         ("list.jsonl", b'["a", "b"]\n["c", "d"]\n'),
+        ("wide.jsonl", '{"prompt": "a", "completion": "b"}\n'.encode("utf-16")),
+        ("zeros.jsonl", b"\0" * 5000),
+        ("number.jsonl", b"3\n4\n"),
+        ("latin.csv", "prompt,completion\ncafé,b\n".encode("latin-1")),
+        ("ragged.csv", b"prompt,completion\na,b\na,b,c,d\n"),
+        ("surrogate.jsonl", b'{"prompt": "fish \\ud800", "completion": " a"}\n' * 9),
+        ("open_quote.csv", b'prompt,completion\n"a,b\n'),
+        ("huge_line.jsonl", b'{"prompt": "' + b"a" * 20_000_000),
+        ("object.json", b'{"prompt": "a"'),
+        ("empty.parquet", b""),
+        ("empty.csv", b""),
         ("other.xyz", b"prompt"),
         ("folder", None),
         ("damaged.parquet", b"PAR1 no more"),
@@ -407,6 +578,14 @@ def test_a_file_that_holds_no_rows_is_named(name, content, paths, capfd):
         Path(name).write_bytes(content)
     told = refused(capfd, words_of(f"sft --data ./{name}", paths))
     assert name in told
+
+
+@pytest.mark.parametrize("header", ["prompt;completion", "prompt,prompt", "Prompt,Completion", "completion"])
+def test_a_table_of_other_columns_is_named(header, paths, capfd):
+    Path("given.csv").write_text("\n".join([header] + [header.replace("p", str(row)) for row in range(20)]))
+    told = refused(capfd, words_of("sft --data given.csv", paths))
+    assert "`completion`" in told or "column 'prompt'" in told
+    assert header.partition(",")[0] in told
 
 
 def test_rows_that_differ_in_their_columns_are_refused_by_number(paths):
@@ -460,18 +639,8 @@ def test_report_of_a_folder_without_a_run_is_refused(capfd):
 # ------------------------------------------------------------------------------------------ between stages
 
 
-def reward_model_of(paths, tokens):
-    """A reward model of another tokenizer than the policy's."""
-    from transformers import GPT2ForSequenceClassification
-
-    config = tiny_runs.model(tokens).config
-    config.num_labels = 1
-    config.pad_token_id = 1
-    return tiny_runs.save("rewarder", GPT2ForSequenceClassification(config), tokens)
-
-
 def test_a_separate_value_model_refuses_a_reward_model_of_another_vocabulary(paths, capfd):
-    reward_model_of(paths, tiny_runs.tokenizer(size=280))
+    reward_model_of("rewarder", tiny_runs.tokenizer(size=280))
     told = refused(capfd, words_of("ppo --reward ./rewarder --value_model separate", paths))
     assert "value_model=separate" in told
     assert "vocabulary" in told
@@ -479,7 +648,7 @@ def test_a_separate_value_model_refuses_a_reward_model_of_another_vocabulary(pat
 
 def test_a_separate_value_model_refuses_another_vocabulary_of_the_same_size(paths, capfd):
     tokens = tiny_runs.tokenizer(texts=["zebra quartz jump vex waltz glyph"] * 20 + ["abcdefghijklmnop" * 3] * 10)
-    reward_model_of(paths, tokens)
+    reward_model_of("rewarder", tokens)
     told = refused(capfd, words_of("ppo --reward ./rewarder --value_model separate", paths))
     assert "vocabulary" in told
 

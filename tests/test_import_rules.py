@@ -21,13 +21,16 @@ STANDARD = set(sys.stdlib_module_names)
 
 ERRORS = {"errors"}
 LIGHT = ERRORS | {"settings"}  # free of torch
-LANGUAGE = LIGHT | {"core", "models", "packing", "data", "references", "preferences"}
+LANGUAGE = LIGHT | {"adapters", "core", "models", "packing", "data", "references", "preferences"}
 EVERYTHING_BELOW = LANGUAGE | {
     "compute",
     "config",
+    "micro_batches",
+    "model_card",
     "optimizer",
     "policy",
     "prompts",
+    "reward_settings",
     "rewards",
     "rollout",
     "run",
@@ -42,31 +45,38 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "__main__": (set(), {"cli"}),
     "errors": (set(), set()),
     "settings": (set(), ERRORS),
-    "config": (set(), LIGHT),
+    "config": (set(), LIGHT | {"reward_settings"}),
     "references": (set(), ERRORS),
     "core": ({"torch"}, set()),
     "seeding": ({"torch"}, set()),
     "optimizer": ({"torch"}, LIGHT),
-    "update": ({"torch", "accelerate"}, LIGHT | {"core"}),
+    "micro_batches": ({"torch", "accelerate"}, ERRORS),
+    "update": ({"torch", "accelerate"}, LIGHT | {"core", "micro_batches"}),
     "run": ({"torch", "accelerate", "safetensors", "yaml", "rich"}, ERRORS | {"core"}),
     "messages": (set(), ERRORS),
     "data": ({"torch", "datasets", "transformers"}, LIGHT | {"messages", "preferences", "references", "seeding"}),
     "preferences": ({"sqlalchemy", "datasets"}, LIGHT | {"messages"}),
     "packing": ({"torch", "transformers"}, set()),
-    "models": ({"torch", "transformers"}, ERRORS | {"packing", "references"}),
+    "adapters": ({"torch", "peft"}, LIGHT),
+    "models": ({"torch", "transformers", "safetensors"}, ERRORS | {"adapters", "packing", "references"}),
     "compute": ({"torch"}, LIGHT),
     "prompts": ({"torch", "transformers", "datasets"}, LANGUAGE),
     "policy": ({"torch", "transformers"}, LANGUAGE),
     "kv_cache": ({"torch", "transformers"}, set()),
     "forwards": ({"torch", "transformers"}, LANGUAGE),
     "sampling": ({"torch", "transformers"}, LANGUAGE | {"forwards", "kv_cache", "prompts"}),
-    "rewards": ({"torch", "transformers"}, LANGUAGE),
+    "reward_settings": (set(), LIGHT),
+    "rewards": ({"httpx2", "jsonschema", "torch", "transformers"}, LANGUAGE | {"reward_settings"}),
     "rollout": ({"torch", "transformers"}, LANGUAGE | {"policy", "prompts", "sampling"}),
     "toy": ({"torch", "transformers", "tokenizers"}, ERRORS | {"core", "rewards"}),
     "train": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW),
+    "model_card": ({"huggingface_hub"}, {"references"}),
+    "export": ({"torch", "transformers", "huggingface_hub"}, LANGUAGE | {"rewards", "run"}),
+    "stepwise": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
     "candidates": ({"torch"}, EVERYTHING_BELOW),
     "inspection": ({"transformers", "rich"}, EVERYTHING_BELOW | {"train"}),
     "pipeline": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
+    "study": ({"torch", "matplotlib"}, {"core"}),
     "report": ({"jinja2", "matplotlib"}, ERRORS),
     "doctor": ({"rich", "yaml"}, ERRORS),
     "label": ({"jinja2", "markdown_it", "markupsafe", "starlette", "uvicorn"}, ERRORS | {"preferences"}),
@@ -74,9 +84,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "cli": (
         {"jsonargparse", "rich", "yaml"},
         LIGHT
-        | {"arguments", "candidates", "config", "data", "doctor", "inspection", "label", "pipeline", "preferences"}
-        | {"report"}
-        | {"run", "train"},
+        | {"arguments", "candidates", "config", "data", "doctor", "label", "pipeline", "preferences", "report"}
+        | {"export", "inspection", "run", "study", "train"},
     ),
 }
 
@@ -262,8 +271,8 @@ assert not loaded, loaded
 """
 COMMANDS = {
     "ppo_rlhf": [
-        *("demo", "sft", "reward", "ppo", "pipeline", "inspect-data"),
-        *("doctor", "report", "label", "preferences", "compare"),
+        *("demo", "sft", "reward", "ppo", "pipeline", "inspect-data", "doctor", "report", "label", "preferences"),
+        *("export", "compare", "study"),
     ],
     "classic": ["train", "evaluate", "plot", "compare", "video", "export"],
 }

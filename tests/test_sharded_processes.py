@@ -1,19 +1,20 @@
 """Two processes that share a sharded model (FSDP2 over gloo) take the same steps as one that has the whole of it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny_runs
-from tiny_runs import STOPS, data, in_tmp_path, metrics_of, models, weights_of, without_times
+from tiny_runs import STOPS, data, in_tmp_path, metrics_of, models, two_processes, weights_of, without_times
 
 from ppo_rlhf.cli import main
 
 __all__ = ["data", "in_tmp_path", "models"]
 
-COMMON = "--log_with [] --eval_fraction 0.2 --save_every 1 --eval_every 2 --optimizer.lr 1e-3"
+SHARDED = Path(__file__).with_name("sharded.py")  # the command with FSDP2 on CPUs
+COMMON = (
+    "--matmul_precision highest --log_with [] --eval_fraction 0.2 --save_every 1 --eval_every 2 --optimizer.lr 1e-3"
+)
 SAMPLING = f"--sampling.max_new_tokens 6 --sampling.stop_token_ids {json.dumps(STOPS).replace(' ', '')}"
 PPO = (
     f"ppo --policy {{gpt2}} --prompts {{prompts}} --batch_size 8 {COMMON} {SAMPLING} --max_eval_prompts 3 "
@@ -30,25 +31,11 @@ COMMANDS = {
 MODELS = {"sft": "policy", "reward": "reward_model", "ppo": "policy", "ppo_separate": "policy"}
 
 
-def torchrun(words, cwd):
-    """Two sharding processes on CPUs."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return subprocess.run(
-        [sys.executable, *launcher, str(Path(__file__).with_name("sharded.py")), *words],
-        cwd=cwd,
-        env=tiny_runs.environment(ACCELERATE_USE_CPU="true"),
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-
-
 @pytest.mark.parametrize("stage", COMMANDS)
 def test_two_sharded_processes_take_the_same_steps_as_one(stage, models, data, tmp_path):
     words = COMMANDS[stage].format(**models, **data).split()
     assert main([*words, "--output-dir", "one"]) == 0
-    done = torchrun([*words, "--output-dir", "two"], tmp_path)
+    done = two_processes(SHARDED, *words, "--output-dir", "two", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert list(Path("two/checkpoints").glob("*/pytorch_model_fsdp_0"))  # it was sharded indeed
     rows = [without_times(metrics_of(name)) for name in ("one", "two")]
@@ -75,11 +62,11 @@ def vowels(prompts, responses, **columns):
 def test_a_sharded_run_is_resumed_from_its_sharded_checkpoint(models, data, tmp_path):
     Path("user.py").write_text(FAILS_ONCE)
     words = f"{PPO} --reward user.py:vowels --num_steps 4 --eval_every 0".format(**models, **data).split()
-    assert torchrun([*words, "--output-dir", "cut"], tmp_path).returncode != 0
+    assert two_processes(SHARDED, *words, "--output-dir", "cut", cwd=tmp_path).returncode != 0
     assert Path("cut/checkpoints/step_000002/pytorch_model_fsdp_0").is_dir()
     Path("cured").touch()
-    resumed = torchrun([*words, "--output-dir", "cut", "--resume"], tmp_path)
+    resumed = two_processes(SHARDED, *words, "--output-dir", "cut", "--resume", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
-    assert torchrun([*words, "--output-dir", "whole"], tmp_path).returncode == 0
+    assert two_processes(SHARDED, *words, "--output-dir", "whole", cwd=tmp_path).returncode == 0
     assert without_times(metrics_of("cut")) == without_times(metrics_of("whole"))
     assert tiny_runs.same_weights("cut/policy", "whole/policy")

@@ -1,18 +1,16 @@
 """Two processes take the same steps as one; started as a user starts them, by torchrun."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import tiny_runs
-from tiny_runs import STOPS, data, in_tmp_path, jsonl, metrics_of, models, weights_of
+from tiny_runs import STOPS, data, in_tmp_path, jsonl, metrics_of, models, two_processes, weights_of
 
 from ppo_rlhf.cli import main
 
 __all__ = ["data", "in_tmp_path", "models"]
 
-COMMON = "--log_with [] --eval_fraction 0.2 --save_every 2 --eval_every 2"
+COMMON = "--log_with [] --eval_fraction 0.2 --save_every 2 --eval_every 2 --matmul_precision highest"
 SAMPLING = f"--sampling.max_new_tokens 6 --sampling.stop_token_ids {json.dumps(STOPS).replace(' ', '')}"
 COMMANDS = {
     "sft": f"sft --policy {{gpt2}} --data {{demonstrations}} --batch_size 4 --num_epochs 0.75 {COMMON} "
@@ -23,20 +21,6 @@ COMMANDS = {
     f"--batch_size 8 --num_steps 2 {COMMON} {SAMPLING} --max_eval_prompts 3 --value_model separate --kl_target 1 "
     "--ppo.num_minibatches 2 --ppo.num_epochs 2 --optimizer.lr 1e-3",
 }
-
-
-def torchrun(words, cwd):
-    """`torchrun --standalone --nproc_per_node=2 -m ppo_rlhf …` on CPUs."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "ppo_rlhf"]
-    return subprocess.run(
-        [sys.executable, *launcher, *words],
-        cwd=cwd,
-        env=tiny_runs.environment(ACCELERATE_USE_CPU="true"),
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +34,7 @@ def runs(tmp_path_factory, models, data):
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
             assert main([*words, "--output-dir", f"one/{stage}"]) == 0
-        printed[stage] = torchrun([*words, "--json", "--output-dir", f"two/{stage}"], folder)
+        printed[stage] = two_processes("-m", "ppo_rlhf", *words, "--json", "--output-dir", f"two/{stage}", cwd=folder)
         assert printed[stage].returncode == 0, printed[stage].stderr
     return folder / "one", folder / "two", printed
 
@@ -95,10 +79,12 @@ def test_two_processes_sample_and_score_the_same_rollout_as_one(runs):
     rows = metrics_of(one / "ppo")[1], metrics_of(two / "ppo")[1]
     for name in (
         "objective/score",
+        "objective/score_std",
         "objective/gold_score",
         "objective/kl",
         "objective/reward",
         "response/length",
+        "response/repetition",
         "response/stop_rate",
         "value/explained_variance",
         "kl_coef",
@@ -123,7 +109,7 @@ def test_two_processes_adapt_the_kl_coefficient_by_the_global_kl(runs):
 
 def test_a_batch_that_two_processes_cannot_share_is_refused(models, data, tmp_path):
     words = COMMANDS["sft"].format(**models, **data).replace("--batch_size 4", "--batch_size 5").split()
-    done = torchrun([*words, "--output-dir", "out"], tmp_path)
+    done = two_processes("-m", "ppo_rlhf", *words, "--output-dir", "out", cwd=tmp_path)
     assert done.returncode != 0
     assert "error: batch_size=5 does not divide between 2 processes." in done.stderr
     assert "exitcode  : 2" in done.stderr
@@ -149,7 +135,7 @@ def test_an_error_in_one_process_ends_the_run_of_both(rank, models, data, tmp_pa
     (tmp_path / "late.py").write_text(FAILS_LATE_IN_ONE_PROCESS.format(rank=rank))
     words = f"ppo --policy {models['gpt2']} --reward late.py:length --prompts {data['prompts']} --batch_size 8"
     words += f" --num_steps 4 --max_eval_prompts 4 {SAMPLING} --output-dir out"
-    done = torchrun(words.split(), tmp_path)  # which would run out of its time
+    done = two_processes("-m", "ppo_rlhf", *words.split(), cwd=tmp_path)  # which would run out of its time
     assert done.returncode != 0
     assert "error: reward function length raised RuntimeError: the judge is ill" in done.stderr
     assert [row["step"] for row in metrics_of(tmp_path / "out")] == [0, 1]
@@ -164,7 +150,7 @@ def test_a_pipeline_runs_in_two_processes(models, data, tmp_path):
         f"--reward.sampling.max_new_tokens 6 --ppo.prompts {data['prompts']} --ppo.num_steps 1 --ppo.batch_size 4 "
         "--ppo.max_eval_prompts 3 --ppo.sampling.max_new_tokens 6"
     )
-    done = torchrun(words.split(), tmp_path)
+    done = two_processes("-m", "ppo_rlhf", *words.split(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary.keys() >= {"sft", "reward", "ppo", "seconds"}

@@ -518,7 +518,7 @@ def test_what_is_compiled_gives_the_gradient_of_the_loss():
     settings = _loss_settings(PPOSettings(), 0.0, None, torch.device("cpu"))
     count = experience.mask.sum()
     gradients, statistics = _loss_gradient(policy, wanted, experience, settings, count)
-    summed = _gradient(policy, list(experience.split(3)), settings, count, None)
+    summed = _gradient(policy, experience, settings, count, None, 3)
     for gradient, parameter in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(gradient, parameter.grad)
     for name, value in statistics.items():

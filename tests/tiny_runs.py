@@ -12,6 +12,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from ppo_rlhf import compute
+
 WORDS = ["red", "blue", "green", "fish", "bird", "stone", "river", "small", "bright", "old"]
 STOPS = tuple(range(2, 62))  # ids that end a response in many of these tests: an untrained model then stops by itself
 CONTEXT = 64
@@ -135,10 +137,10 @@ def environment(**more):
     }
 
 
-def command(*words, cwd, timeout=120, **more):
-    """`python -m ppo_rlhf …` as a user types it."""
+def python(*words, cwd, timeout=120, **more):
+    """`python …` in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "ppo_rlhf", *map(str, words)],
+        [sys.executable, *map(str, words)],
         cwd=cwd,
         env=environment(**more),
         capture_output=True,
@@ -146,6 +148,17 @@ def command(*words, cwd, timeout=120, **more):
         timeout=timeout,
         check=False,
     )
+
+
+def command(*words, cwd, **more):
+    """`python -m ppo_rlhf …` as a user types it."""
+    return python("-m", "ppo_rlhf", *words, cwd=cwd, **more)
+
+
+def two_processes(*words, cwd):
+    """`torchrun --standalone --nproc_per_node=2 …` on CPUs."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return python(*launcher, *words, cwd=cwd, timeout=180, ACCELERATE_USE_CPU="true")
 
 
 def jsonl(path):
@@ -202,6 +215,10 @@ def data(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path, monkeypatch):
-    """Every test runs in an empty folder of its own, with the user's functions in user.py."""
+    """Every test runs in an empty folder of its own, with the user's functions in user.py; and all runs multiply alike.
+
+    matmul_precision=auto chooses by measurement, which may differ between two runs that are compared bit for bit.
+    """
+    monkeypatch.setattr(compute, "_quickest_exact", lambda: ("highest", "in tests"))
     (tmp_path / "user.py").write_text(USER_FUNCTIONS)
     monkeypatch.chdir(tmp_path)

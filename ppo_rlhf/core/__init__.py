@@ -20,6 +20,7 @@ from ppo_rlhf.core.masked import (
     masked_mean,
     masked_moments,
     masked_sum,
+    merged_moments,
     unit_variance,
     whiten,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "masked_mean",
     "masked_moments",
     "masked_sum",
+    "merged_moments",
     "ppo_loss",
     "top_k_filter",
     "top_p_filter",

@@ -38,21 +38,27 @@ def exact_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     return (logprobs_p.exp() * difference).sum(-1)
 
 
-def kl_shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
+def kl_shaped_rewards(
+    scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float, dense: Tensor | None = None
+) -> Tensor:
     """Per-token rewards of the KL-regularised objective (Ziegler et al., 2019, eq. 2).
 
-        r_t = −β · KL_t  +  [t is the last token] · score
+        r_t = −β · KL_t  +  d_t  +  [t is the last token] · (score − Σ d)
 
     scores (B,), kl (B, T) per-token estimate (k1: unbiased in the reward, where no gradient flows through it), mask
-    (B, T) → (B, T), zero where the mask is False.
+    (B, T), dense d (B, T), by default 0 → (B, T), zero where the mask is False.
 
-    The score is paid at the last True of each row, always: also where a response was cut off by the length limit. A row
-    without a decision is paid nothing.
+    The score is paid at the last True of each row, always: also where a response was cut off by the length limit. What
+    a dense reward paid before is taken off there, so that a response earns its score, whatever was made of it since. A
+    row without a decision is paid nothing.
     """
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = torch.where(mask, positions, -1).max(dim=1, keepdim=True).values  # (B, 1), −1 for an empty row
-    penalty = torch.where(mask, -kl_coef * kl, 0)
-    return penalty + torch.where(positions == last, scores[:, None], 0)
+    rewards = torch.where(mask, -kl_coef * kl, 0)
+    if dense is not None:
+        dense = torch.where(mask, dense, 0)
+        rewards, scores = rewards + dense, scores - dense.sum(1)
+    return rewards + torch.where(positions == last, scores[:, None], 0)
 
 
 def adapt_kl_coef_ppo_penalty(kl_coef: float, kl: float, *, target: float, minimum: float, maximum: float) -> float:

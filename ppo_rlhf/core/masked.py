@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 SumAcross = Callable[[Tensor], Tensor]  # sums a tensor over all processes
+Moments = tuple[Tensor, Tensor, Tensor]  # mean, biased variance, and the count that they are of
 
 EPSILON = 1e-8  # added to variances (OpenAI, lm-human-preferences)
 
@@ -32,7 +33,7 @@ def masked_mean(x: Tensor, mask: Tensor, *, count: Tensor | float | None = None)
     return masked_sum(x, mask) / torch.where(total > 0, total, 1)
 
 
-def masked_moments(x: Tensor, mask: Tensor, *, sum_across: SumAcross = identity) -> tuple[Tensor, Tensor, Tensor]:
+def masked_moments(x: Tensor, mask: Tensor, *, sum_across: SumAcross = identity) -> Moments:
     """(mean, biased variance, count) over the mask and all processes.
 
     Two reductions, first the mean, then the squared deviations from it: E[x²] − E[x]² loses all digits when the mean is
@@ -43,6 +44,19 @@ def masked_moments(x: Tensor, mask: Tensor, *, sum_across: SumAcross = identity)
     mean = total / count.clamp(min=1)
     variance = sum_across(masked_sum((x - mean) ** 2, mask)) / count.clamp(min=1)
     return mean, variance, count
+
+
+def merged_moments(one: Moments, other: Moments) -> Moments:
+    """(mean, variance, count) of two batches together, from those of each, exactly (Chan et al., 1979).
+
+    One without a single number adds nothing.
+    """
+    (mean, variance, before), (other_mean, other_variance, more) = one, other
+    count = before + more
+    share = torch.where(count > 0, more / count.clamp(min=1), 0)
+    delta = other_mean - mean
+    variance = variance * (1 - share) + other_variance * share + delta**2 * share * (1 - share)
+    return mean + delta * share, variance, count
 
 
 def whiten(x: Tensor, mask: Tensor, *, sum_across: SumAcross = identity) -> Tensor:

@@ -62,9 +62,15 @@ def _of_texts(rows: Rows, tokenizer: PreTrainedTokenizerBase, setting: str) -> I
 def _of_completions(rows: Rows, tokenizer: PreTrainedTokenizerBase, setting: str) -> Iterator[Example]:
     """The completion and eos are learnt. Both sides are encoded apart, as they are when the policy responds."""
     prompts, completions = (text_column(rows, name, setting=setting) for name in ("prompt", "completion"))
+    special = set(tokenizer.all_special_ids)
     for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
-        yield _ended(first_ids(tokenizer, prompt), ids, tokenizer, f"{setting}: row {index}")
+        before, where = first_ids(tokenizer, prompt), f"{setting}: row {index}"
+        if special.issuperset(before):
+            raise UserError(
+                f"{where}: the tokenizer finds no token in the prompt {prompt!r}, or special ones alone; give it some "
+                "text, or remove the row."
+            )
+        yield _ended(before, tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer, where)
 
 
 def _ended(prompt: list[int], completion: list[int], tokenizer: PreTrainedTokenizerBase, where: str) -> Example:

@@ -113,9 +113,17 @@ def _loaded(path: str, options: dict[str, Any], setting: str) -> Iterable[Row]:
             raise UserError(f"{setting}: there is no file {path}.")
         if place.stat().st_size == 0:
             raise UserError(f"{setting}: {path} is empty.")
+        if loader == "json" and place.suffix not in COMPRESSED and _begins_with_null(place):
+            raise UserError(f'{setting}: {path} begins with null, not with a row, such as {{"prompt": …}}.')
     if suffixes[-1] == ".tsv":
         options = options | {"sep": "\t"}
     return load_dataset(loader, data_files=path, **options)
+
+
+def _begins_with_null(file: Path) -> bool:
+    """Whether the first row of JSON is null, at which pyarrow's reader ends the process (a segmentation fault)."""
+    with file.open("rb") as lines:
+        return next((line for line in lines if line.strip()), b"").lstrip().startswith(b"null")
 
 
 def _split_of(saved: Any, split: str, path: str, setting: str) -> Iterable[Row]:

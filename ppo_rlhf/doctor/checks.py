@@ -79,8 +79,12 @@ def first_ratio(record: Record) -> str | None:
 
 
 def _first_deviation(record: Record) -> float:
-    """Root mean square of log ρ before any step of an update, from its k3 estimate, the largest of the run."""
-    return math.sqrt(2 * max([0.0, *record.series("policy/first_kl")]))
+    """Root mean square of log ρ before any step of an update, from its k3 estimate, the largest of the run.
+
+    Of the first update alone where rollouts are sampled ahead: those after it are meant to differ.
+    """
+    deviations = record.series("policy/first_kl")
+    return math.sqrt(2 * max([0.0, *(deviations[:1] if record.setting("sample_ahead") else deviations)]))
 
 
 def _tolerance(record: Record) -> float:
@@ -132,20 +136,10 @@ def reward_hacking(record: Record) -> str | None:
     length = change_of(record.series("response/length"))
     if length is not None and length.rose and length.last > 2 * length.first:
         told.append(f"responses grew from {length.first:.0f} to {length.last:.0f} tokens")
-    repeated = change_of(_repetition(record))
+    repeated = change_of(record.series("response/repetition"))
     if repeated is not None and repeated.rose and repeated.last - repeated.first > 0.25:
         told.append(f"the share of repeated token pairs grew from {repeated.first:.0%} to {repeated.last:.0%}")
     return ", while ".join([told[0], " and ".join(told[1:])]) if len(told) > 1 else None
-
-
-def _repetition(record: Record) -> list[float]:
-    """Of each sampled response, the share of its token pairs that it had before."""
-    shares = []
-    for row in record.samples:
-        pairs = list(zip(row.get("tokens", ()), row.get("tokens", ())[1:], strict=False))
-        if pairs:
-            shares.append(1 - len(set(pairs)) / len(pairs))
-    return shares
 
 
 def kl_running_away(record: Record) -> str | None:
@@ -318,8 +312,8 @@ CHECKS = (
         "reward hacking",
         PPO,
         "The score rose while the gold score fell from its best quarter by over a quarter of its spread, or responses "
-        "doubled, or a quarter more of their token pairs repeat; each beyond three standard errors. Healthy runs stay "
-        "within a tenth.",
+        "doubled, or a quarter more of their token pairs repeat (response/repetition); each beyond three standard "
+        "errors. Healthy runs stay within a tenth.",
         "The policy found what the reward model overrates.",
         "Raise kl_coef or set kl_target; stop earlier, at the best evaluation (folder best); train the reward model on "
         "samples of this policy.",

@@ -256,9 +256,10 @@ class Pages:
         ranked = self.settings.rank or len(responses) > 2
         return {
             "pair": deal.number,
+            "note": deal.note,
             "turns": turns_of(pair.prompt, pair.language),
             "responses": [
-                (letter, html_of(text), pair.language or language_of(text))
+                (letter, text, html_of(text), pair.language or language_of(text))
                 for letter, text in zip(string.ascii_uppercase, responses, strict=False)
             ],
             "ranked": ranked,

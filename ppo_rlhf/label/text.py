@@ -39,6 +39,7 @@ class Turn:
     """One message of a chat."""
 
     role: str
+    text: str
     html: Markup
     language: str | None
 
@@ -49,10 +50,8 @@ def turns_of(prompt: Prompt, language: str | None) -> list[Turn]:
     A last turn of the assistant's that is empty, where the response goes on, is left out.
     """
     messages = _messages_in(prompt) if isinstance(prompt, str) else prompt
-    return [
-        Turn(message["role"], html_of(message["content"]), language or language_of(message["content"]))
-        for message in messages
-    ]
+    contents = [(message["role"], message["content"]) for message in messages]
+    return [Turn(role, text, html_of(text), language or language_of(text)) for role, text in contents]
 
 
 def _messages_in(prompt: str) -> list[dict[str, str]]:

@@ -4,7 +4,7 @@ from typing import Any
 
 from sqlalchemy import ScalarSelect, and_, bindparam, exists, func, or_, select, update
 
-from ppo_rlhf.preferences.tables import AVAILABLE, collections, deals, pairs
+from ppo_rlhf.preferences.tables import AVAILABLE, choices, collections, deals, pairs
 
 OPEN, JUDGED, SKIPPED, RELEASED = "open", "judged", "skipped", "released"
 
@@ -22,6 +22,13 @@ deal_at_hand = (
     .join(deals, deals.c.pair == pairs.c.id)
     .where(HERE, MINE, or_(deals.c.state == OPEN, and_(deals.c.state == RELEASED, AVAILABLE)))
     .order_by(deals.c.state, deals.c.time.desc())  # "open" comes before "released"
+    .limit(1)
+)
+
+note_taken_back = (
+    select(choices.c.note)
+    .where(choices.c.pair == THIS_PAIR, choices.c.annotator == bindparam("who"), choices.c.undone)
+    .order_by(choices.c.id.desc())
     .limit(1)
 )
 

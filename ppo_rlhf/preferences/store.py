@@ -65,6 +65,7 @@ class Deal:
     number: int  # of the pair
     pair: Pair
     shown: list[int]  # positions in pair.responses, from left to right
+    note: str = ""  # of the choice on it that the annotator took back last
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,8 @@ class Store:
                 if row.state == queries.RELEASED:
                     self._set_state(connection, row.id, annotator, queries.OPEN)
                     self._change_open(connection, row.id, -1)
-                return Deal(row.id, _pair(row), row.shown)
+                note = connection.scalar(queries.note_taken_back, {"number": row.id, "who": annotator})
+                return Deal(row.id, _pair(row), row.shown, note or "")
             row = connection.execute(queries.next_pair, me).first()
             if row is None and self._release(connection, collection):
                 row = connection.execute(queries.next_pair, me).first()

@@ -22,6 +22,7 @@ from ppo_rlhf.models import (
     load_classifier,
     load_tokenizer,
     right_padded,
+    save_model,
     tokenizer_with_pad,
 )
 from ppo_rlhf.packing import Packing, last_hidden_states
@@ -56,25 +57,45 @@ class RewardModel:
     """
 
     def __init__(
-        self, classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 64
+        self,
+        classifier: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int = 64,
+        chat_template: bool = False,
     ) -> None:
-        """batch_size: texts scored together, for memory alone."""
+        """batch_size: texts scored together, for memory alone. chat_template: prompt and response are put as a user's
+        and an assistant's message into the tokenizer's template, for models that were trained so.
+
+        Raises UserError where the tokenizer has no template.
+        """
+        if chat_template and tokenizer.chat_template is None:
+            raise UserError("the reward model's tokenizer has no chat template; leave out chat_template.")
         self.network = ScoringNetwork(classifier)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
+        self.chat_template = chat_template
         self.__name__ = "reward_model"
 
     @classmethod
-    def load(cls, source: str | Path, *, setting: str, device: torch.device | str = "cpu") -> RewardModel:
-        """A saved reward model, or a language model with a new head. Raises UserError when it cannot be loaded."""
+    def load(
+        cls, source: str | Path, *, setting: str, device: torch.device | str = "cpu", **arguments: Any
+    ) -> RewardModel:
+        """A saved reward model, or a language model with a new head; arguments: batch_size, chat_template.
+
+        Raises UserError when it cannot be loaded.
+        """
         classifier = load_classifier(str(source), setting=setting)
         tokenizer = load_tokenizer(str(source), setting=setting)
         classifier.to(torch.device(device))  # type: ignore[arg-type]
-        return cls(classifier, tokenizer_with_pad(classifier, tokenizer, setting=setting))
+        return cls(classifier, tokenizer_with_pad(classifier, tokenizer, setting=setting), **arguments)
 
-    def save(self, folder: Path) -> None:
-        """A folder that transformers loads as a sequence classifier, and `load` with its normalisation."""
-        self.classifier.save_pretrained(folder)
+    def save(self, folder: Path, *, merge: bool = False) -> None:
+        """A folder that transformers loads as a sequence classifier, and `load` with its normalisation.
+
+        merge: an adapter into the weights; else its folder is the adapter's alone.
+        """
+        save_model(self.classifier, folder, merge=merge)
         self.tokenizer.save_pretrained(folder)
 
     @property
@@ -105,8 +126,11 @@ class RewardModel:
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
         """Token ids of prompt + response + eos. What does not fit in the context is cut from the prompt's beginning.
 
-        Raises UserError for a response that alone does not fit.
+        Raises UserError for a response that alone does not fit. With a chat template it is the template that says what
+        stands around and between the two, and the whole is cut at its beginning.
         """
+        if self.chat_template:
+            return self._encode_chats(prompts, responses)
         longest = context_length(self.classifier)
         encoded = []
         for prompt, response in prompt_and_response_ids(self.tokenizer, prompts, responses):
@@ -114,6 +138,14 @@ class RewardModel:
                 raise UserError(f"a response of {len(response) - 1} tokens does not fit the reward model's {longest}.")
             encoded.append([*prompt, *response][-longest:])
         return encoded
+
+    def _encode_chats(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
+        chats = [
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        encoded: Any = self.tokenizer.apply_chat_template(chats, return_dict=True)
+        return [ids[-context_length(self.classifier) :] for ids in encoded["input_ids"]]
 
     @torch.no_grad()
     def raw_scores(self, encoded: Sequence[Sequence[int]]) -> Tensor:

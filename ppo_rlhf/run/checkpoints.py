@@ -31,8 +31,8 @@ class LoopState:
     before: dict[str, float] = field(default_factory=dict)  # the evaluation before the first step
     after: dict[str, float] = field(default_factory=dict)  # the evaluation of the best model so far
     best: float = -math.inf  # its quality, higher is better
-    matmul_precision: str = ""  # how float32 matrices are multiplied, where a run chose it by measurement
-    tensors: dict[str, Tensor] = field(default_factory=dict)  # where a loop's environments stand
+    score_moments: tuple[float, float, float] = (0.0, 0.0, 0.0)  # by which scores are normalised: mean, variance, count
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # of environments, or of a rollout sampled ahead
 
 
 @contextmanager

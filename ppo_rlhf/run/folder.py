@@ -115,6 +115,24 @@ def refuse_changes(
             )
 
 
+def matmul_precision_of(folder: Path, configured: str, device: torch.device) -> str:
+    """How the run in the folder takes its matrix products: as configured, or, for `auto`, as it chose when it began.
+
+    Another measurement might choose otherwise, and no bit be the same. `auto` where none began yet on such a device.
+
+    Raises UserError for a file that no run wrote.
+    """
+    path = folder / "environment.json"
+    if configured != "auto" or not path.exists():
+        return configured
+    try:
+        environment = json.loads(path.read_text(encoding="utf-8"))
+        began_here = torch.device(environment["device"]).type == device.type
+        return str(environment.get("matmul_precision", configured)) if began_here else configured
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+
+
 def strict_json(value: Any, *, indent: int | None = None) -> str:
     """JSON as any reader takes it: a number that is not finite is null."""
     return json.dumps(_without_nan(value), ensure_ascii=False, allow_nan=False, indent=indent)
@@ -318,6 +336,7 @@ def _environment(config: Any, kind: str, accelerator: Accelerator) -> dict[str, 
         "seed": config.seed,
         "processes": accelerator.num_processes,
         "device": str(accelerator.device),
+        "matmul_precision": torch.get_float32_matmul_precision(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),

@@ -10,7 +10,16 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from ppo_rlhf.run.folder import HOW_LONG, HOW_OFTEN, Run, is_finished, new_folder, read_config, refuse_changes
+from ppo_rlhf.run.folder import (
+    HOW_LONG,
+    HOW_OFTEN,
+    Run,
+    is_finished,
+    matmul_precision_of,
+    new_folder,
+    read_config,
+    refuse_changes,
+)
 from ppo_rlhf.run.processes import make_accelerator
 
 
@@ -23,6 +32,11 @@ class Start:
     folder: Path
     accelerator: Accelerator
     time: float  # time.monotonic() when it began
+
+    @property
+    def matmul_precision(self) -> str:
+        """How it takes matrix products; `auto` where that is not chosen yet."""
+        return matmul_precision_of(self.folder, self.config.matmul_precision, self.accelerator.device)
 
     def run(self, *, num_steps: int) -> Run:
         """The run folder, made or taken up: what follows may write."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -11,11 +11,12 @@ from ppo_rlhf.config import PPOConfig, RewardConfig, SFTConfig
 from ppo_rlhf.data import Row, load_rows, with_chat_template
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.models import load_policy, tokenizer_with_pad
+from ppo_rlhf.reward_settings import RewardSource
 
 T = TypeVar("T")
 
 
-def named(value: str | None, name: str, what: str) -> str:
+def named(value: RewardSource | None, name: str, what: str) -> Any:
     """The value of a setting that must be set. Raises UserError, which says what it is, where it is not."""
     if value is None:
         raise UserError(f"{name} is not set: {what}.")
@@ -32,7 +33,8 @@ def policy_with_tokenizer(
     """The given policy and tokenizer where both are given, else those that the configuration names."""
     if policy is None or tokenizer is None:
         source = named(config.policy, "policy", what)
-        policy, tokenizer = load_policy(source, setting="policy", trust_remote_code=config.trust_remote_code)
+        trusted, bits = config.trust_remote_code, config.lora.base_bits
+        policy, tokenizer = load_policy(source, setting="policy", trust_remote_code=trusted, base_bits=bits)
     else:
         tokenizer = tokenizer_with_pad(policy, tokenizer, setting="tokenizer")
     return policy, with_chat_template(tokenizer, config.chat_template)

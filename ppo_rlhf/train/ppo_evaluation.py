@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from ppo_rlhf.config import PPOConfig
 from ppo_rlhf.models import evaluating
 from ppo_rlhf.policy import response_logprobs
-from ppo_rlhf.rewards import RewardFunction, score
+from ppo_rlhf.rewards import RewardFunction, ScoreMoments, Scores, shaped
 from ppo_rlhf.rollout import inputs_of
 from ppo_rlhf.run import gathered, share_of, whole_weights
 from ppo_rlhf.sampling import sample
 from ppo_rlhf.seeding import uniform_rows
 from ppo_rlhf.train.ppo_parts import Parts
+from ppo_rlhf.train.scoring import scores_of
 
 NUM_BIGRAMS = 3000  # of distinct_2, so that it compares samples of different lengths at equal counts
 
@@ -30,17 +31,23 @@ class Outcome:
 
     metrics: dict[str, float]  # eval/…
     rows: list[dict[str, Any]]  # a response each, in the order of the prompts
-    quality: float  # what the best policy maximises: score − β·KL, with the β that the run starts with
+    quality: float  # what the best policy maximises: shaped score − β·KL, with the β that the run starts with
 
 
 @torch.no_grad()
 def evaluate_held_out(
-    parts: Parts, config: PPOConfig, accelerator: Accelerator, *, must_be_finite: bool = True
+    parts: Parts,
+    config: PPOConfig,
+    accelerator: Accelerator,
+    *,
+    moments: ScoreMoments = (0.0, 1.0, 0.0),
+    must_be_finite: bool = True,
 ) -> Outcome:
     """Samples a response to every held-out prompt, at the run's temperature, and measures what the run is about.
 
-    Scores are raw: before the rule for a missing eos and the KL penalty. KL is per response, in nats. must_be_finite: a
-    score that is not raises UserError, as it should before a run and not in its tenth hour.
+    Scores are raw: before they are shaped, the rule for a missing eos and the KL penalty. KL is per response, in nats.
+    moments: by which they are normalised for the quality. must_be_finite: a score that is not raises UserError, as it
+    should before a run and not in its tenth hour.
     """
     numbers = range(len(parts.eval_prompts))[share_of(len(parts.eval_prompts), accelerator)]
     rows: list[dict[str, Any]] = []
@@ -49,19 +56,25 @@ def evaluate_held_out(
             batch = list(numbers[start : start + config.sampling.batch_size])
             rows += _evaluate_batch(batch, parts, config, accelerator, must_be_finite)
     rows = gathered(rows)
+    scores = torch.tensor([row["score"] for row in rows])
     metrics = {
         "eval/score": _mean([row["score"] for row in rows]),
+        "eval/score_std": float(scores.std(correction=0)),
         "eval/kl": _mean([row["kl"] for row in rows]),
         "eval/length": _mean([row["length"] for row in rows]),
         "eval/stop_rate": _mean([row["finished"] for row in rows]),
         "eval/distinct_2": distinct_2([row["response"] for row in rows]),
     }
+    for name in rows[0].get("score_parts", {}):
+        metrics[f"eval/score/{name}"] = _mean([row["score_parts"][name] for row in rows])
     if parts.gold is not None:
         gold = torch.tensor([row["gold_score"] for row in rows])
         metrics |= {"eval/gold_score": float(gold.mean()), "eval/gold_score_std": float(gold.std(correction=0))}
-        metrics["eval/gold_correlation"] = rank_correlation(torch.tensor([row["score"] for row in rows]), gold)
+        metrics["eval/gold_correlation"] = rank_correlation(scores, gold)
     metrics["eval/reference_norm"] = weight_norm(parts.reference)
-    return Outcome(metrics, rows, quality=metrics["eval/score"] - config.kl_coef * metrics["eval/kl"])
+    lengths = torch.tensor([row["length"] for row in rows])
+    paid = shaped(Scores(scores, {}), lengths, config.score_shaping, moments).total
+    return Outcome(metrics, rows, quality=float(paid.double().mean()) - config.kl_coef * metrics["eval/kl"])
 
 
 def _evaluate_batch(
@@ -73,11 +86,11 @@ def _evaluate_batch(
     responses = sample(model, parts.tokenizer, prompts, config.sampling, noise)
     columns = parts.eval_prompts.columns_of(numbers)
 
-    def scored(reward: RewardFunction) -> list[float]:
-        return score(reward, prompts.texts, responses.texts, columns, must_be_finite=must_be_finite).total.tolist()
+    def scored(reward: RewardFunction) -> Scores:
+        return scores_of(reward, prompts.texts, responses, columns, parts.tokenizer, must_be_finite=must_be_finite)
 
     scores = scored(parts.reward)
-    gold = scored(parts.gold) if parts.gold is not None else None
+    gold = scored(parts.gold).total.tolist() if parts.gold is not None else None
     inputs = inputs_of(prompts, responses)
     logprobs = response_logprobs(model, inputs, temperature=temperature)
     ref_logprobs = response_logprobs(parts.reference, inputs, temperature=temperature)
@@ -89,7 +102,8 @@ def _evaluate_batch(
             {
                 "prompt": prompts.texts[row],
                 "response": responses.texts[row],
-                "score": scores[row],
+                "score": float(scores.total[row]),
+                **({"score_parts": scores.parts_of(row)} if len(scores.parts) > 1 else {}),
                 **({"gold_score": gold[row]} if gold is not None else {}),
                 "kl": kl[row],
                 "length": lengths[row],

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,25 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_rlhf.adapters import has_adapter, on_same_base, rank_of, share_weights, train_adapter
 from ppo_rlhf.config import PPOConfig
 from ppo_rlhf.data import held_out, load_rows
 from ppo_rlhf.errors import UserError
+from ppo_rlhf.micro_batches import MicroBatch
+from ppo_rlhf.model_card import model_card
 from ppo_rlhf.models import (
     context_length,
     disable_dropout,
     frozen_copy,
     load_policy,
+    load_value_head,
     save_policy,
     use_quick_kernels,
 )
 from ppo_rlhf.policy import PolicyWithValue, TokenValues
 from ppo_rlhf.prompts import Prompts
-from ppo_rlhf.rewards import RewardFunction, RewardModel, load_reward
+from ppo_rlhf.references import is_reference
+from ppo_rlhf.rewards import RewardFunction, RewardModel, load_reward, models_in
 from ppo_rlhf.sampling import stop_ids_of
 from ppo_rlhf.train.inputs import named, policy_with_tokenizer
 
@@ -41,16 +47,19 @@ class Parts:
     gold: RewardFunction | None
     prompts: Prompts
     eval_prompts: Prompts
+    micro_batch: MicroBatch  # of all passes whose memory grows with the rows
 
-    def save_policy(self, path: Path, config: PPOConfig) -> None:
-        """The policy as a folder that plain transformers loads and samples from as the run did."""
+    def save_policy(self, path: Path, config: PPOConfig, outcome: Mapping[str, float]) -> None:
+        """The policy as a folder that plain transformers loads and samples from as the run did, with its card."""
         save_policy(
             self.model.language_model,
             self.tokenizer,
             path,
             temperature=config.sampling.temperature,
             stop_ids=stop_ids_of(config.sampling, self.tokenizer),
+            merge=config.lora.merge,
         )
+        (path / "README.md").write_text(model_card("ppo", config.policy, outcome), encoding="utf-8")
 
 
 def load_parts(
@@ -70,38 +79,37 @@ def load_parts(
             f"ppo.num_minibatches={config.ppo.num_minibatches}."
         )
     policy, tokenizer = policy_with_tokenizer(config, policy, tokenizer, what="the supervised policy to start from")
-    use_quick_kernels(policy).to(accelerator.device)
-    disable_dropout(policy)
+    ready_policy(policy, config, accelerator)
     loaded: list[nn.Module] = []  # frozen models that nobody else holds
     if reference is None:
         start = policy
         if config.reference is not None:
             trusted = config.trust_remote_code
-            start, _ = load_policy(config.reference, setting="reference", trust_remote_code=trusted)
+            start, its_tokenizer = load_policy(config.reference, setting="reference", trust_remote_code=trusted)
+            if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+                raise UserError(
+                    f"reference: {config.reference} has another vocabulary than the policy, but KL is measured token "
+                    "by token; give one with the policy's tokenizer."
+                )
         reference = frozen_copy(start)
         loaded.append(reference)
     if reward is None:
         source = named(config.reward, "reward", "a reward model's folder, or module:function")
         reward = load_reward(source, setting="reward", device=accelerator.device)
-        loaded += [reward.network] if isinstance(reward, RewardModel) else []
+        loaded += [model.classifier for model in models_in(reward)]
     if gold is None and config.gold is not None:
         gold = load_reward(config.gold, setting="gold", device=accelerator.device)
-        loaded += [gold.network] if isinstance(gold, RewardModel) else []
+        loaded += [model.classifier for model in models_in(gold)]
     longest = context_length(policy) - config.sampling.max_new_tokens
     train_prompts, eval_prompts = load_prompts(config, tokenizer, prompts, longest)
+    if has_adapter(policy):
+        for each in loaded:
+            share_weights(each.requires_grad_(False), policy)
     value_model = value_model_of(config, policy, tokenizer, reward)  # in float32, whatever the reward model becomes
     if config.frozen_precision == "bf16":
         for each in loaded:
             each.to(torch.bfloat16)
-    model = PolicyWithValue(
-        policy,
-        value_model=value_model,
-        temperature=config.sampling.temperature,
-        differentiable_entropy=config.ppo.entropy_coef != 0,
-    )
-    if config.gradient_checkpointing:
-        model.checkpoint_activations()
-    model.to(accelerator.device).train()  # dropout is 0; gradient checkpointing acts in this mode alone
+    model = policy_with_value(config, policy, value_model, accelerator)
     return Parts(
         model=model,
         tokenizer=tokenizer,
@@ -110,31 +118,72 @@ def load_parts(
         gold=gold,
         prompts=train_prompts,
         eval_prompts=eval_prompts,
+        micro_batch=MicroBatch(config.ppo.micro_batch_size, accelerator, setting="ppo.micro_batch_size"),
     )
+
+
+def ready_policy(policy: PreTrainedModel, config: PPOConfig, accelerator: Accelerator) -> None:
+    """In place: with the adapter that is to be trained, quick kernels, on its device, no dropout."""
+    train_adapter(policy, config.lora)
+    if has_adapter(policy) and config.frozen_precision == "bf16":
+        raise UserError("frozen_precision=bf16 would round the weights that the policy's adapter shares; leave it out.")
+    use_quick_kernels(policy).to(accelerator.device)
+    disable_dropout(policy)
+
+
+def policy_with_value(
+    config: PPOConfig, policy: PreTrainedModel, value_model: TokenValues | None, accelerator: Accelerator
+) -> PolicyWithValue:
+    """The module that is trained: the policy with its value function, a head on its trunk or a model of its own."""
+    model = PolicyWithValue(
+        policy,
+        value_model=value_model,
+        temperature=config.sampling.temperature,
+        differentiable_entropy=config.ppo.entropy_coef != 0,
+    )
+    source = config.value_head or config.policy
+    if value_model is None and source is not None and not is_reference(source):
+        weights = load_value_head(source)
+        if weights is None and config.value_head is not None:
+            raise UserError(f"value_head: {source} has no v_head.summary.weight; leave it out, to start from zero.")
+        if weights is not None:
+            model.set_value_head(*weights)
+    if config.gradient_checkpointing:
+        model.checkpoint_activations()
+    return model.to(accelerator.device).train()  # dropout is 0; gradient checkpointing acts in this mode alone
 
 
 def value_model_of(
     config: PPOConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reward: RewardFunction
 ) -> TokenValues | None:
-    """A value model of its own where asked: it starts from the reward model, or from the policy with a zero head."""
+    """A value model of its own where asked: it starts from the reward model, or from the policy with a zero head.
+
+    Where the policy trains an adapter it does too, and head, on the memory of the model that it starts from.
+    """
     if config.value_model == "shared":
         return None
+    start: Any = policy
     if isinstance(reward, RewardModel):
-        classifier = frozen_copy(reward.classifier)
+        start = reward.classifier
         if reward.tokenizer.get_vocab() != tokenizer.get_vocab():
             raise UserError(
                 "value_model=separate starts from the reward model, but its vocabulary is not the policy's; "
                 "use value_model=shared."
             )
-        values = TokenValues.from_reward_model(classifier, mean=reward.mean, scale=reward.scale)
+    if has_adapter(policy):
+        model = on_same_base(start)
+        train_adapter(model, replace(config.lora, rank=rank_of(start) or rank_of(policy)))
     else:
-        trunk = frozen_copy(policy).base_model
+        model = copy.deepcopy(start).requires_grad_(True)
+    if isinstance(reward, RewardModel):
+        values = TokenValues.from_reward_model(model, mean=reward.mean, scale=reward.scale)
+    else:
         head = nn.Linear(policy.get_output_embeddings().weight.shape[1], 1, device=policy.device)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
-        values = TokenValues(trunk, head)
+        values = TokenValues(model.base_model, head)
     disable_dropout(values)
-    return values.requires_grad_(True)
+    return values
 
 
 def load_prompts(

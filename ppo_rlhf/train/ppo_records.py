@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,66 +13,96 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_rlhf.compute import Compute, num_multiplied
 from ppo_rlhf.config import PPOConfig
-from ppo_rlhf.core import Experience, explained_variance, masked_sum
+from ppo_rlhf.core import Experience, explained_variance, masked_moments, masked_sum
 from ppo_rlhf.models import has_plain_head
 from ppo_rlhf.packing import can_pack
 from ppo_rlhf.policy import PolicyWithValue, ResponseTokens
 from ppo_rlhf.prompts import PromptBatch
+from ppo_rlhf.rewards import Scores
 from ppo_rlhf.rollout import Rollout
 from ppo_rlhf.sampling import Responses
+from ppo_rlhf.train.scoring import token_texts
 
 SAMPLES_PER_STEP = 2
 DIGITS = 5  # of per-token numbers in samples.jsonl
 
 
 class Clock:
-    """Seconds by phase of one step."""
+    """Seconds by phase of one rollout and its update."""
 
-    def __init__(self) -> None:
-        self._start = self._last = time.perf_counter()
-        self._laps: dict[str, float] = {}
+    def __init__(self, laps: Mapping[str, float] | None = None) -> None:
+        """laps: what has passed of each phase already."""
+        self.laps: dict[str, float] = dict(laps or {})
+        self.go_on()
+
+    def go_on(self) -> None:
+        """What passed since the last lap belongs to no phase of this rollout."""
+        self._last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
         """The time since the last lap belongs to this phase."""
         now = time.perf_counter()
-        self._laps[f"time/{phase}"] = now - self._last
+        self.laps[phase] = now - self._last
         self._last = now
 
     def metrics(self, tokens: float) -> dict[str, float]:
         """Seconds by phase, and response tokens a second over all of them."""
-        return {**self._laps, "tokens_per_second": tokens / (self._last - self._start)}
+        seconds = {f"time/{phase}": x for phase, x in self.laps.items()}
+        return {**seconds, "tokens_per_second": tokens / sum(seconds.values())}
 
 
 def rollout_metrics(
     rollout: Rollout,
     experience: Experience,
-    scores: Tensor,
-    gold: Tensor | None,
+    scores: Scores,
+    gold: Scores | None,
     rewards: Tensor,
     responses: Responses,
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """Means over the global batch: of responses for `objective/…` and `response/…`, in nats and tokens a response."""
+    """Means over the global batch: of responses for `objective/…` and `response/…`, in nats and tokens a response.
+
+    `objective/score_std` is the scores' standard deviation.
+    """
     mask, device = rollout.mask, accelerator.device
     log_ratio = torch.where(mask, rollout.logprobs - rollout.ref_logprobs, 0)
     sums = {
-        "objective/score": scores.sum(),
+        "objective/score": scores.total.sum(),
         "objective/kl": log_ratio.sum(),
         "objective/reward": masked_sum(rewards, mask),
         "response/length": mask.sum(),
         "response/stop_rate": responses.finished.sum(),
+        "response/repetition": repetition(responses.ids, mask).sum(),
     }
+    if len(scores.parts) > 1:
+        sums |= {f"objective/score/{name}": part.sum() for name, part in scores.parts.items()}
     if gold is not None:
-        sums["objective/gold_score"] = gold.sum()
+        sums["objective/gold_score"] = gold.total.sum()
     count = torch.tensor(len(mask), device=device)
     *totals, responses_total = accelerator.reduce(
         torch.stack([value.to(device, torch.float64) for value in [*sums.values(), count]])
     ).tolist()
+    scored = torch.ones_like(scores.total, dtype=torch.bool)
+    _, score_variance, _ = masked_moments(scores.total.double(), scored, sum_across=accelerator.reduce)
     explained = explained_variance(experience.values, experience.returns, mask, sum_across=accelerator.reduce)
     return {
         **{name: total / responses_total for name, total in zip(sums, totals, strict=True)},
+        "objective/score_std": float(score_variance.sqrt()),
         "value/explained_variance": float(explained),
     }
+
+
+def repetition(ids: Tensor, mask: Tensor) -> Tensor:
+    """Of each response the share of its pairs of neighbouring tokens that it had before. ids, mask (B, T) → (B,).
+
+    0 for a response without a pair. Rises towards 1 as a response goes round in circles.
+    """
+    paired = mask[:, 1:] & mask[:, :-1]
+    numbers = ids[:, :-1] * 2**32 + ids[:, 1:]  # one for each pair
+    alone = -1 - torch.arange(paired.shape[1], device=ids.device)  # equal to no other
+    ordered = torch.where(paired, numbers, alone).sort(dim=1).values
+    repeated = (ordered[:, 1:] == ordered[:, :-1]).sum(1)
+    return repeated / paired.sum(1).clamp(min=1)
 
 
 def throughput_metrics(
@@ -168,7 +199,7 @@ def sample_rows(
                 "response": responses.texts[row],
                 "finished": bool(responses.finished[row]),
                 "score": round(float(scores[row]), DIGITS),
-                "tokens": [tokenizer.decode([token]) for token in responses.ids[row][kept].tolist()],
+                "tokens": token_texts(tokenizer, responses, row),
                 **{
                     name: [round(value, DIGITS) for value in tensor[row][kept].tolist()]
                     for name, tensor in per_token.items()

@@ -14,10 +14,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_rlhf.adapters import merged, train_adapter
 from ppo_rlhf.compute import set_up_products
 from ppo_rlhf.config import RewardConfig
 from ppo_rlhf.core import bradley_terry_loss, logprobs_of
 from ppo_rlhf.data import Rows, comparisons, held_out, load_rows, stream
+from ppo_rlhf.model_card import model_card
 from ppo_rlhf.models import context_length, right_padded
 from ppo_rlhf.prompts import Prompts
 from ppo_rlhf.rewards import RewardFunction, RewardModel, ScoringNetwork, load_reward
@@ -29,19 +31,6 @@ from ppo_rlhf.train.inputs import policy_with_tokenizer, training_and_held_out
 from ppo_rlhf.train.rankings import EncodedRankings, fitting, pair_tensors, rankings_of
 from ppo_rlhf.train.reward_evaluation import Order, evaluate_held_out, gold_pairs
 from ppo_rlhf.train.supervised import HeldOut, Task, batch_of, fit, num_steps_of
-
-MODEL_CARD = """# Reward model
-
-A sequence classifier with one output: the score of prompt + response + eos, each encoded apart.
-
-The output of plain `transformers` is the raw score. `ppo_rlhf.rewards.RewardModel.load` applies the normalisation kept
-in `config.json`, (raw − reward_mean) / reward_scale, by which the policy it started from scores 0 on average:
-
-    reward_mean  {mean:.6g}
-    reward_scale {scale:.6g}
-
-Pairwise accuracy on held-out comparisons: {accuracy:.3f}.
-"""
 
 
 @dataclass(frozen=True)
@@ -75,7 +64,7 @@ def train(
     if start is None:
         return {"finished": config.output_dir}
     accelerator = start.accelerator
-    set_up_products(config.matmul_precision, accelerator.device, torch.float32)
+    set_up_products(start.matmul_precision, accelerator.device, torch.float32)
     parts = load_parts(config, accelerator, policy, tokenizer, data, gold)
     num_steps = num_steps_of(config, len(parts.training), accelerator)
 
@@ -92,7 +81,7 @@ def train(
         loss=loss,
         evaluate=evaluate,
         quality=lambda metrics: -metrics["eval/loss"],
-        save=parts.reward_model.save,
+        save=lambda folder: parts.reward_model.save(folder, merge=config.lora.merge),
         example=lambda row: asdict(parts.training.rankings[row]),
     )
     with start.run(num_steps=num_steps) as run:
@@ -101,7 +90,7 @@ def train(
         state = fit(parts.module, task, config, config.optimizer, run, num_steps=num_steps, callbacks=callbacks)
         best = normalized(RewardModel.load(run.folder / "best", setting="best", device=accelerator.device), parts)
         outcome = outcome_of(state.before, state.after, best)
-        run.save_model("reward_model", lambda path: save_with_card(best, path, outcome["pairwise_accuracy"]))
+        run.save_model("reward_model", lambda path: save_with_card(best, path, config, outcome))
         summary = run.finish(outcome)
         run.remove("best")  # last: a run that ends before its summary needs it again
         return summary
@@ -119,6 +108,31 @@ def load_parts(
     policy, tokenizer = policy_with_tokenizer(
         config, policy, tokenizer, what="the supervised policy that the reward model starts from"
     )
+    longest = min(config.max_length or 2**31, context_length(policy))
+    rows, training, evaluated = load_rankings(config, data, tokenizer, longest)
+    if gold is None and config.gold is not None:
+        gold = load_reward(config.gold, setting="gold")
+    policy.to(accelerator.device)
+    prompt_rows = rows if config.prompts is None else prompts_given(config.prompts, config)
+    own_samples = policy_samples(policy, tokenizer, prompt_rows, config)
+    classifier = classifier_from(merged(policy))
+    train_adapter(classifier, config.lora, heads=["score"])
+    reward_model = RewardModel(classifier, tokenizer)
+    module = ComparisonModule(reward_model.network, policy if config.language_model_coef else None)
+    return Parts(
+        reward_model=reward_model,
+        module=module.to(accelerator.device),
+        training=training,
+        held_out=evaluated,
+        gold_orders=None if gold is None else [gold_pairs(ranking, gold) for ranking in evaluated.rankings],
+        own_samples=own_samples,
+    )
+
+
+def load_rankings(
+    config: RewardConfig, data: Iterable[dict[str, Any]] | None, tokenizer: PreTrainedTokenizerBase, longest: int
+) -> tuple[Rows, EncodedRankings, EncodedRankings]:
+    """The rows to train on, and rankings to train on and held-out ones, in tokens; none longer than `longest`."""
     rows, eval_rows = training_and_held_out(
         config,
         data,
@@ -128,23 +142,11 @@ def load_parts(
     )
     rankings = rankings_of(rows, setting="data", ties=config.ties)
     eval_rankings = rankings_of(eval_rows, setting="eval_data")
-    if gold is None and config.gold is not None:
-        gold = load_reward(config.gold, setting="gold")
-    policy.to(accelerator.device)
-    prompt_rows = rows if config.prompts is None else prompts_given(config.prompts, config)
-    own_samples = policy_samples(policy, tokenizer, prompt_rows, config)
-    reward_model = RewardModel(classifier_from(policy), tokenizer)
-    longest = min(config.max_length or 2**31, context_length(policy))
-    training = fitting(rankings, tokenizer, longest=longest, too_long=config.too_long, setting="data")
-    evaluated = fitting(eval_rankings, tokenizer, longest=longest, too_long=config.too_long, setting="eval_data")
-    module = ComparisonModule(reward_model.network, policy if config.language_model_coef else None)
-    return Parts(
-        reward_model=reward_model,
-        module=module.to(accelerator.device),
-        training=training,
-        held_out=evaluated,
-        gold_orders=None if gold is None else [gold_pairs(ranking, gold) for ranking in evaluated.rankings],
-        own_samples=own_samples,
+    limits: dict[str, Any] = {"longest": longest, "too_long": config.too_long}
+    return (
+        rows,
+        fitting(rankings, tokenizer, setting="data", **limits),
+        fitting(eval_rankings, tokenizer, setting="eval_data", **limits),
     )
 
 
@@ -238,8 +240,7 @@ def outcome_of(before: dict[str, float], after: dict[str, float], reward_model: 
     }
 
 
-def save_with_card(reward_model: RewardModel, path: Path, accuracy: float) -> None:
+def save_with_card(reward_model: RewardModel, path: Path, config: RewardConfig, outcome: dict[str, float]) -> None:
     """The reward model's folder, with a README that says what its numbers mean."""
-    reward_model.save(path)
-    card = MODEL_CARD.format(mean=reward_model.mean, scale=reward_model.scale, accuracy=accuracy)
-    (path / "README.md").write_text(card, encoding="utf-8")
+    reward_model.save(path, merge=config.lora.merge)
+    (path / "README.md").write_text(model_card("reward", config.policy, outcome), encoding="utf-8")

@@ -10,13 +10,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_rlhf.adapters import train_adapter
 from ppo_rlhf.compute import set_up_products
 from ppo_rlhf.config import SFTConfig
 from ppo_rlhf.core import logprobs_of, masked_mean, masked_sum
 from ppo_rlhf.data import Example, Examples, Row, demonstrations, prompts_and_completions
+from ppo_rlhf.model_card import model_card
 from ppo_rlhf.models import context_length, evaluating, model_inputs, right_padded, save_policy
 from ppo_rlhf.prompts import Prompts
-from ppo_rlhf.run import SAMPLES_KEPT, begin, share_of
+from ppo_rlhf.run import SAMPLES_KEPT, begin, share_of, write_text
 from ppo_rlhf.sampling import sample
 from ppo_rlhf.seeding import uniform_rows
 from ppo_rlhf.settings import SamplingSettings
@@ -44,11 +46,13 @@ def train(
     if start is None:
         return {"finished": config.output_dir}
     accelerator = start.accelerator
-    set_up_products(config.matmul_precision, accelerator.device, torch.float32)
+    set_up_products(start.matmul_precision, accelerator.device, torch.float32)
+    named = config.policy if policy is None else None
     policy, tokenizer = policy_with_tokenizer(config, policy, tokenizer, what="the language model to start from")
     longest = min(config.max_length or 2**31, context_length(policy))
     examples, eval_examples = load_examples(config, data, tokenizer, longest)
     num_steps, batch = batches_of(config, examples.lengths, accelerator)
+    train_adapter(policy, config.lora)
     policy.to(accelerator.device)
 
     shown = prompts_and_completions(eval_examples.rows(SAMPLES_KEPT), tokenizer, "data")
@@ -70,7 +74,7 @@ def train(
         loss=loss,
         evaluate=evaluate,
         quality=lambda metrics: -metrics["eval/loss"],
-        save=lambda folder: save_policy(policy, tokenizer, folder),
+        save=lambda folder: save_policy(policy, tokenizer, folder, merge=config.lora.merge),
         example=examples.row,
     )
     with start.run(num_steps=num_steps) as run:
@@ -78,7 +82,10 @@ def train(
             run.progress.tell(line)
         state = fit(policy, task, config, config.optimizer, run, num_steps=num_steps, callbacks=callbacks)
         run.promote("best", "policy")
-        return run.finish({"loss_before": state.before["eval/loss"], "loss_after": state.after["eval/loss"]})
+        outcome = {"loss_before": state.before["eval/loss"], "loss_after": state.after["eval/loss"]}
+        if accelerator.is_main_process:
+            write_text(run.folder / "policy" / "README.md", model_card("sft", named, outcome))
+        return run.finish(outcome)
 
 
 def load_examples(

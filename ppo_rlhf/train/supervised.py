@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from ppo_rlhf.config import SFTConfig, SupervisedConfig
 from ppo_rlhf.data import stream
 from ppo_rlhf.errors import UserError
+from ppo_rlhf.micro_batches import MicroBatch, average_gradients, local_gradients
 from ppo_rlhf.optimizer import OptimizerSettings, learning_rate, make_optimizer, set_learning_rate
 from ppo_rlhf.run import LoopState, Run, whole_weights
 from ppo_rlhf.seeding import permutation
@@ -79,6 +79,7 @@ def fit(
     accelerator = run.accelerator
     optimizer = make_optimizer(module, optimizer_settings)
     wrapped, optimizer = accelerator.prepare(module, optimizer)
+    micro_batch = MicroBatch(config.micro_batch_size, accelerator, setting="micro_batch_size")
     state = run.resume()
     if state is None:
         with whole_weights(wrapped):
@@ -91,7 +92,7 @@ def fit(
         set_learning_rate(optimizer, learning_rate(optimizer_settings, state.step, num_steps))
         rows = task.batch(state.step)
         module.train()
-        metrics = _step(wrapped, optimizer, task, rows, config, accelerator)
+        metrics = _step(wrapped, optimizer, task, rows, config, accelerator, micro_batch)
         if metrics["skipped_steps"]:
             run.log_bad_samples([{"step": state.step + 1, "row": row, **task.example(row)} for row in rows])
         state = replace(state, step=state.step + 1)
@@ -167,19 +168,25 @@ def _step(
     rows: Sequence[int],
     config: SupervisedConfig,
     accelerator: Accelerator,
+    micro_batch: MicroBatch,
 ) -> dict[str, float]:
     """One optimizer step on a global batch, whatever its micro-batches and processes."""
-    # DDP averages gradients, hence the count per process.
+    # The mean of the processes' gradients is taken, hence the count per process.
     count = torch.tensor(task.weight(rows) / accelerator.num_processes, device=accelerator.device)
     mine = rows[accelerator.process_index :: accelerator.num_processes]  # those of like length are neighbours
-    size = config.micro_batch_size or len(mine)
-    total = torch.zeros((), device=accelerator.device)
-    for start in range(0, len(mine), size):
-        last = start + size >= len(mine)
-        with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
-            loss = task.loss(wrapped, mine[start : start + size], count)
-            accelerator.backward(loss)
-        total += loss.detach()
+
+    def gradient(size: int) -> Tensor:
+        """Adds this process's gradient to the parameters'; → its loss."""
+        total = torch.zeros((), device=accelerator.device)
+        for start in range(0, len(mine), size):
+            with local_gradients(wrapped, accelerator, last=start + size >= len(mine)):
+                loss = task.loss(wrapped, mine[start : start + size], count)
+                accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    total = micro_batch.fitting(gradient, len(mine), undo=optimizer.zero_grad)
+    average_gradients(wrapped.parameters(), accelerator)
     grad_norm = float(accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm))
     finite = math.isfinite(grad_norm)
     if finite or accelerator.scaler is not None:  # fp16: the scaler itself leaves out a bad step

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from refusals import refusal
 
 from classic.cli import main
 
@@ -31,14 +32,7 @@ def answer(capfd, *words):
 
 def refused(capfd, *words):
     """The one line by which a command refuses."""
-    capfd.readouterr()
-    code = main([*map(str, words)])
-    captured = capfd.readouterr()
-    assert code == 2, captured
-    assert captured.out == ""
-    (line,) = captured.err.splitlines()
-    assert line.startswith("error: ")
-    return line
+    return refusal(main, words, capfd)
 
 
 def metrics_of(folder):

@@ -141,6 +141,22 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint_and_says_how_to_
     assert resumed(stage, words) == whole[stage]
 
 
+def test_ctrl_c_ends_a_reward_that_hangs_before_the_run_has_begun(models, data):
+    Path("user.py").write_text(
+        "import time\nfrom pathlib import Path\ndef vowels(prompts, responses, **columns):\n"
+        "    Path('called').touch()\n    time.sleep(60)\n"
+    )
+    process = start("ppo", words_of("ppo", models, data, "run"), Path.cwd())
+    while not Path("called").exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(20)
+    assert process.exitcode == 130
+    assert last_line() == "interrupted; --resume with the same --output-dir goes on from the last checkpoint."
+    assert not Path("run").exists()
+
+
 def test_a_second_ctrl_c_does_not_wait_for_the_step(models, data):
     Path("user.py").write_text(
         "import time\ncalls = []\ndef vowels(prompts, responses, **columns):\n    calls.append(1)\n"

@@ -163,6 +163,38 @@ def test_a_choice_with_its_strength_and_a_note(serve, browser, tmp_path, pairs_f
     assert second.margin == pytest.approx(1 / 3)
 
 
+def test_a_choice_taken_back_brings_its_note_to_write_on(serve, browser, tmp_path, pairs_file):
+    server = start(serve, pairs_file, "--annotator", "ada")
+    with page_of(browser, server.address) as page:
+        page.keyboard.press("n")
+        page.keyboard.type("too <b>short</b>")
+        page.keyboard.press("Escape")
+        press(page, "1")
+        assert page.input_value("#note") == ""
+        press(page, "u")
+        assert page.input_value("#note") == "too <b>short</b>"
+        assert page.is_visible("#note")
+        press(page, "3")
+    (kept,) = choices_in(tmp_path / "labels.db")
+    assert (kept.result, kept.note) == ("right", "too <b>short</b>")
+
+
+def test_a_text_is_read_as_markdown_or_as_it_was_written(serve, browser, tmp_path):
+    rows = [{"prompt": f"# Title {i}", "responses": [f"**bold** {i}\n* one", f"<i>{i}</i>"]} for i in range(2)]
+    server = start(serve, write_rows(tmp_path / "marked.jsonl", rows), "--annotator", "ada")
+    with page_of(browser, server.address) as page:
+        assert page.locator(".response strong").count() == 1
+        assert "**" not in page.inner_text(".responses")
+        page.keyboard.press("w")
+        assert "**bold** " in page.inner_text(".responses")
+        assert "\n* one" in page.inner_text(".responses")
+        assert "# Title" in page.inner_text(".prompt")
+        press(page, "1")  # the next pair is shown the same way
+        assert "**bold** " in page.inner_text(".responses")
+        page.keyboard.press("w")
+        assert "**" not in page.inner_text(".responses")
+
+
 def test_it_is_usable_by_the_tab_key_alone_and_says_what_it_did(serve, browser, pairs_file):
     server = start(serve, pairs_file, "--annotator", "ada")
     with page_of(browser, server.address) as page:

@@ -179,6 +179,20 @@ def test_undo_brings_the_last_pair_back_as_it_was_shown(store):
     assert [choice.result for choice in store.choices()] == ["right"]
 
 
+def test_undo_brings_the_note_back_but_only_to_its_author_and_its_pair(store):
+    store.add("work", pairs(2), overlap=2)
+    for name in ("ada", "ben"):
+        while deal := store.deal("work", name):
+            store.choose(deal.number, name, "tie", note=f"{name} on {deal.number}")
+    assert store.undo("work", "ada")
+    assert store.undo("work", "ada")
+    again = store.deal("work", "ada")
+    assert again.note == f"ada on {again.number}"
+    store.choose(again.number, "ada", "left", note="better")
+    assert store.deal("work", "ada").note != again.note
+    assert "better" in [choice.note for choice in store.choices()]
+
+
 def test_undo_takes_back_one_s_own_choices_alone_and_as_many_as_there_are(store):
     store.add("work", pairs(4))
     for name in ("ada", "ben", "ada"):

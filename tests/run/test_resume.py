@@ -1,5 +1,6 @@
 """A run that was interrupted and resumed ends bit for bit where it would have ended."""
 
+import functools
 import json
 import signal
 import subprocess
@@ -10,15 +11,16 @@ from pathlib import Path
 
 import pytest
 import tiny_runs
+import torch
 from tiny_runs import STOPS, metrics_of, same_weights, steps_of, without_times
 
-from ppo_rlhf import pipeline
+from ppo_rlhf import compute, pipeline
 from ppo_rlhf.cli import main
 from ppo_rlhf.config import ComparisonConfig, MissingEOS, PipelineConfig, PPOConfig, RewardConfig, SFTConfig
 from ppo_rlhf.errors import UserError
-from ppo_rlhf.run import Run
+from ppo_rlhf.run import Run, matmul_precision_of
 from ppo_rlhf.settings import OptimizerSettings, PPOSettings, SamplingSettings
-from ppo_rlhf.train import ppo, reward_model, sft
+from ppo_rlhf.train import inputs, ppo, reward_model, sft
 
 SAMPLING = SamplingSettings(max_new_tokens=6, stop_token_ids=STOPS)
 
@@ -97,8 +99,9 @@ STAGES = {
     "sft": (sft, sft_config, "policy"),
     "reward": (reward_model, reward_config, "reward_model"),
     "ppo": (ppo, ppo_config, "policy"),
+    "ppo ahead": (ppo, functools.partial(ppo_config, sample_ahead=True, overlap_scoring=3), "policy"),
 }
-LINES = {"sft": 9, "reward": 9, "ppo": 7}  # of metrics.jsonl: step 0 and every step
+LINES = {"sft": 9, "reward": 9, "ppo": 7, "ppo ahead": 7}  # of metrics.jsonl: step 0 and every step
 
 
 def without_seconds(summary):
@@ -124,9 +127,41 @@ def test_a_resumed_run_ends_bit_for_bit_where_the_uninterrupted_one_ends(stage, 
     assert same_weights(f"resumed/{model}", f"whole/{model}")
     assert without_seconds(resumed) == without_seconds(whole)
     assert Path("resumed/samples.jsonl").read_bytes() == Path("whole/samples.jsonl").read_bytes()
-    if stage == "ppo":
+    if module is ppo:
         coefs = {row["kl_coef"] for row in metrics_of("whole") if "kl_coef" in row}
         assert len(coefs) == 6  # the adapted coefficient was part of what had to be resumed
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """What `auto` finds to be quickest: the list's one entry."""
+    found, before = ["highest"], torch.get_float32_matmul_precision()
+    monkeypatch.setattr(compute, "_quickest_exact", lambda: (found[0], "measured"))
+    yield found
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_resumed_run_multiplies_as_it_began_from_its_first_product_on(stage, measured, models, data, monkeypatch):
+    module, config_of, _ = STAGES[stage]
+    measured[:] = ["medium"]
+    used = set()
+
+    def loading(*arguments, **options):
+        used.add(torch.get_float32_matmul_precision())
+        return load(*arguments, **options)
+
+    load = inputs.load_policy
+    config = config_of(models, data, output_dir="out")
+    with monkeypatch.context() as patch:
+        interrupt(patch, 4)
+        with pytest.raises(PowerCut):
+            module.train(config)
+    measured[:] = ["highest"]
+    torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(inputs, "load_policy", loading)
+    module.train(replace(config, resume=True), callbacks=[lambda *_: used.add(torch.get_float32_matmul_precision())])
+    assert used == {"medium"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -149,7 +184,8 @@ def test_a_killed_process_is_resumed_bit_for_bit(models, data):
     def words(folder):
         return (
             f"sft --policy {models['dropout']} --data {data['demonstrations']} --batch-size 4 --eval-fraction 0.2 "
-            f"--num-epochs 15 --save-every 3 --eval-every 50 --optimizer.lr 0.01 --output-dir {folder}"
+            f"--num-epochs 15 --save-every 3 --eval-every 50 --optimizer.lr 0.01 --matmul-precision highest "
+            f"--output-dir {folder}"
         ).split()
 
     process = subprocess.Popen(
@@ -315,10 +351,8 @@ def test_a_run_that_ended_between_its_last_step_and_its_summary_is_finished_by_r
         assert all(weights[name].equal(value) for name, value in tiny_runs.weights_of(f"{stage}/{model}").items())
 
 
-@pytest.fixture
-def cut_pipeline(models, data, monkeypatch):
-    """A pipeline in `out` that ended in its reward stage; → its configuration, to be resumed."""
-    config = PipelineConfig(
+def pipeline_config(models, data):
+    return PipelineConfig(
         output_dir="out",
         sft=replace(sft_config(models, data), num_epochs=0.5),
         comparisons=ComparisonConfig(
@@ -327,6 +361,12 @@ def cut_pipeline(models, data, monkeypatch):
         reward=replace(reward_config(models, data), policy=None, data=None),
         ppo=replace(ppo_config(models, data), policy=None, reward=None, num_steps=3),
     )
+
+
+@pytest.fixture
+def cut_pipeline(models, data, monkeypatch):
+    """A pipeline in `out` that ended in its reward stage; → its configuration, to be resumed."""
+    config = pipeline_config(models, data)
     with monkeypatch.context() as patch:
         train = reward_model.train
 
@@ -338,6 +378,36 @@ def cut_pipeline(models, data, monkeypatch):
         with pytest.raises(PowerCut):
             pipeline.run(config)
     return replace(config, resume=True)
+
+
+def test_a_resumed_pipeline_samples_its_comparisons_as_its_policy_was_trained(measured, models, data, monkeypatch):
+    used = []
+
+    def sampling(*arguments, **options):
+        used.append(torch.get_float32_matmul_precision())
+        raise PowerCut
+
+    monkeypatch.setattr(pipeline, "sample", sampling)
+    config = pipeline_config(models, data)
+    for measured[0], resume in (("medium", False), ("highest", True)):
+        torch.set_float32_matmul_precision("highest")
+        with pytest.raises(PowerCut):
+            pipeline.run(replace(config, resume=resume))
+    assert used == ["medium", "medium"]
+
+
+def test_how_another_kind_of_machine_multiplied_is_no_rule(tmp_path):
+    (tmp_path / "environment.json").write_text('{"device": "cuda:0", "matmul_precision": "medium"}')
+    assert matmul_precision_of(tmp_path, "auto", torch.device("cpu")) == "auto"
+    assert matmul_precision_of(tmp_path, "auto", torch.device("cuda")) == "medium"
+    assert matmul_precision_of(tmp_path, "high", torch.device("cuda")) == "high"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '"run"', "{}", '{"device": 3}', '{"device": "abacus"}'])
+def test_an_environment_that_no_run_wrote_is_named(content, tmp_path):
+    (tmp_path / "environment.json").write_text(content)
+    with pytest.raises(UserError, match=r"environment\.json cannot be read"):
+        matmul_precision_of(tmp_path, "auto", torch.device("cpu"))
 
 
 def test_a_pipeline_that_was_interrupted_skips_its_finished_stages(cut_pipeline, capfd):

@@ -19,6 +19,7 @@ EVERY_STEP = {"loss", "grad_norm", "lr", "step"}
 PPO_STEP = {
     "step",
     "objective/score",
+    "objective/score_std",
     "objective/gold_score",
     "objective/kl",
     "objective/reward",
@@ -33,6 +34,7 @@ PPO_STEP = {
     "grad_norm",
     "lr",
     "response/length",
+    "response/repetition",
     "response/stop_rate",
     "time/sample",
     "time/evaluate",

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import tiny_runs
 import torch
 from tiny_runs import STOPS, metrics_of, same_weights, without_times
 
-from ppo_rlhf import compute
 from ppo_rlhf.config import MissingEOS, PPOConfig, RewardConfig, SFTConfig
 from ppo_rlhf.models import load_policy
 from ppo_rlhf.report import outcome_lines, write_report
@@ -150,7 +150,9 @@ def test_the_other_columns_of_the_prompts_reach_the_reward_function(models, data
     ppo.train(ppo_config(models, data, num_steps=1), reward=reward, prompts=rows)
     expected = {row["prompt"]: row["bonus"] for row in rows}
     assert all(expected[prompt] == bonus for call in calls for prompt, bonus in call)
-    assert metrics_of("ppo")[1]["objective/score"] == sum(bonus for _, bonus in calls[1]) / 8
+    paid, row = [bonus for _, bonus in calls[1]], metrics_of("ppo")[1]
+    assert row["objective/score"] == sum(paid) / 8
+    assert row["objective/score_std"] == pytest.approx(statistics.pstdev(paid))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "pad_is_eos"])
@@ -538,23 +540,3 @@ def test_frozen_models_hold_no_gradients_and_where_told_half_the_bytes(models, d
         assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in parts.model.parameters()} == {torch.float32}
     assert all(math.isfinite(row["objective/kl"]) for row in metrics_of("ppo")[1:])
-
-
-def test_a_resumed_run_multiplies_as_it_began(models, data, monkeypatch):
-    """Where another measurement would choose otherwise."""
-    used = []
-    monkeypatch.setattr(compute, "_quickest_exact", lambda: ("highest", "measured"))
-    monkeypatch.setattr(ppo, "use_products", lambda precision: used.append(precision) or precision)
-
-    def stop(step, metrics):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        ppo.train(ppo_config(models, data, save_every=1), callbacks=[stop])
-    assert used == []
-    monkeypatch.setattr(compute, "_quickest_exact", lambda: ("medium", "measured"))
-    try:
-        ppo.train(ppo_config(models, data, save_every=1, resume=True))
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert used == ["highest"]

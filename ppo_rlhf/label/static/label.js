@@ -104,10 +104,11 @@ document.addEventListener("keydown", (event) => {
 });
 
 function prepare() {
-  const shortcuts = document.getElementById("shortcuts");
-  if (!shortcuts) return;
-  shortcuts.checked = localStorage.getItem("shortcuts") !== "off";
-  shortcuts.addEventListener("change", () => localStorage.setItem("shortcuts", shortcuts.checked ? "on" : "off"));
+  for (const box of document.querySelectorAll("[data-remember]")) {
+    const kept = localStorage.getItem(box.id);
+    if (kept !== null) box.checked = kept === "on";
+    box.addEventListener("change", () => localStorage.setItem(box.id, box.checked ? "on" : "off"));
+  }
 }
 
 prepare();

@@ -1,0 +1,111 @@
+"""The study of KL estimators: its numbers against sums worked by hand, its claims, its files, its command."""
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+from tiny_runs import in_tmp_path
+
+from ppo_rlhf import cli
+from ppo_rlhf.study import kl_estimators
+from ppo_rlhf.study.kl_estimators import accuracy, optimum, policy_at
+
+__all__ = ["in_tmp_path"]
+
+P, Q = torch.tensor([0.5, 0.5], dtype=torch.float64), torch.tensor([0.25, 0.75], dtype=torch.float64)
+UP, DOWN = math.log(2), math.log(2 / 3)  # log p/q of the two tokens
+KL = (UP + DOWN) / 2
+
+
+@pytest.mark.parametrize(
+    ("estimator", "estimates"),
+    [
+        ("k1", (UP, DOWN)),
+        ("k2", (UP**2 / 2, DOWN**2 / 2)),
+        ("k3", (1 / 2 - 1 + UP, 3 / 2 - 1 + DOWN)),
+    ],
+)
+def test_bias_and_spread_are_those_of_two_tokens_summed_by_hand(estimator, estimates):
+    found = accuracy(estimator, P.log(), Q.log())
+    assert found.kl == pytest.approx(KL)
+    assert found.bias == pytest.approx(sum(estimates) / 2 - KL, abs=1e-15)
+    assert found.std == pytest.approx(abs(estimates[0] - estimates[1]) / 2)
+    assert found.lowest == pytest.approx(min(estimates))
+
+
+def test_gradients_are_those_of_the_closed_forms():
+    """∇KL(p‖q) = p·(log p/q − KL), and k3's as a loss is ∇KL(q‖p) = p − q, both for a softmax's logits."""
+    true = P * (torch.tensor([UP, DOWN]) - KL)
+    reverse = P - Q
+    expected = float((reverse - true).norm() / true.norm())
+    assert accuracy("k3", P.log(), Q.log()).loss_gradient_error == pytest.approx(expected)
+    assert accuracy("k2", P.log(), Q.log()).loss_gradient_error == pytest.approx(0, abs=1e-12)
+    assert accuracy("k1", P.log(), Q.log()).loss_gradient_error == pytest.approx(1)
+    assert accuracy("k1", P.log(), Q.log()).reward_gradient_error == pytest.approx(0, abs=1e-12)
+    centred = torch.tensor([UP**2, DOWN**2]) / 2 - (UP**2 + DOWN**2) / 4
+    expected = float((P * centred - true).norm() / true.norm())
+    assert accuracy("k2", P.log(), Q.log()).reward_gradient_error == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kl", [1e-3, 0.5, 1.9])
+def test_a_policy_is_as_far_from_the_reference_as_was_asked(kl):
+    reference = torch.zeros(8, dtype=torch.float64)  # the KL to it is at most log 8 = 2.08 nats
+    direction = torch.randn(8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    p, q = policy_at(kl, reference, direction).softmax(-1), reference.softmax(-1)
+    assert float((p * (p / q).log()).sum()) == pytest.approx(kl, rel=1e-9)
+
+
+def test_a_distance_that_no_policy_has_is_refused():
+    with pytest.raises(ValueError, match=r"stays below 2\.079 nats"):
+        policy_at(3.0, torch.zeros(8, dtype=torch.float64), torch.arange(8.0, dtype=torch.float64))
+
+
+def test_the_reward_k1_ends_at_the_boltzmann_policy_and_the_reward_k3_does_not():
+    """Two tokens, rewards 1 and 0, β = 1, uniform reference: p* = σ(1), KL = p·log 2p + (1−p)·log 2(1−p)."""
+    rewards, reference = torch.tensor([1.0, 0.0], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    best = 1 / (1 + math.exp(-1))
+    kl = best * math.log(2 * best) + (1 - best) * math.log(2 * (1 - best))
+    found = optimum("k1", rewards, reference, kl_coef=1.0)
+    assert found.best_kl == pytest.approx(kl)
+    assert found.kl == pytest.approx(kl)
+    assert found.regret == pytest.approx(0, abs=1e-12)
+    k3 = optimum("k3", rewards, reference, kl_coef=1.0)
+    assert k3.lowest_ratio < 1e-20 < found.lowest_ratio
+    assert k3.kl == pytest.approx(math.log(2))  # one token is all that is left
+    assert k3.regret == pytest.approx(best - kl - (1 - math.log(2)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_known_facts_hold(seed):
+    claims = kl_estimators.run(seed).claims
+    assert len(claims) == 8
+    assert [claim.text for claim in claims if not claim.holds] == []
+
+
+def test_a_claim_that_the_numbers_do_not_bear_out_is_said_to_fail():
+    found = kl_estimators.run()
+    swapped = {"k1": "k2", "k2": "k3", "k3": "k1"}
+    mixed = [type(row)(**{**vars(row), "estimator": swapped[row.estimator]}) for row in found.accuracies]
+    ends = [type(row)(**{**vars(row), "estimator": swapped[row.estimator]}) for row in found.optima]
+    assert not any(claim.holds for claim in kl_estimators.claims_of(mixed, ends))
+
+
+def test_the_command_writes_tables_and_a_picture_and_tells_the_claims(tmp_path, capsys):
+    assert cli.main(["study", "kl-estimators", "--output-dir", "study", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert all(claim["holds"] for claim in told["claims"])
+    rows = list(csv.DictReader((tmp_path / "study" / "accuracies.csv").open()))
+    assert len(rows) == 3 * 7
+    assert {row["estimator"] for row in rows} == {"k1", "k2", "k3"}
+    picture = (tmp_path / "study" / "kl_estimators.svg").read_text()
+    assert picture.count("<svg") == 1
+
+
+def test_a_run_s_folder_is_not_written_over(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    assert cli.main(["study", "kl-estimators", "--output-dir", "run"]) == 2
+    assert "run holds a run already" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
