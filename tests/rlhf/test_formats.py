@@ -159,6 +159,9 @@ MISTAKES = [
     ({"messages": [{"role": "user"}]}, "data: row 0, column 'messages', a list: a message must have `role` and"),
     ({"messages": ["hello"]}, "a message must have `role` and `content`"),
     ({"messages": [USER]}, "data: row 0: no assistant speaks"),
+    ({"messages": [USER, ANSWER], "tools": "[{"}, "data: row 0: `tools` is no JSON"),
+    ({"messages": [USER, ANSWER], "tools": {"a": 1}}, "data: row 0: `tools` must be a list"),
+    ({"messages": [USER, ANSWER], "chat_template_kwargs": [1]}, "data: row 0: .*`chat_template_kwargs` a mapping"),
     ({"prompt": [SYSTEM], "completion": [ANSWER]}, "data: row 0: a prompt must end with .*, not a system"),
 ]
 
@@ -331,6 +334,14 @@ def test_a_ranking_of_answers_to_a_conversation_is_one_of_texts(chat_tokenizer):
     assert row["responses"] == [ANSWER["content"], LAST["content"]]
     assert row["prompt"].endswith("<|im_start|>assistant\n")
     assert row["ranks"] == [2, 1]
+
+
+def test_peoples_choices_on_a_chat_are_read_by_the_template_where_there_is_one(chat_tokenizer, tokenizer):
+    row = {"prompt": "\n\nHuman: why?\n\nAssistant:", "messages": [USER], "responses": ["a", "b"], "ranks": [1, 2]}
+    assert compared(row, tokenizer)["prompt"] == row["prompt"]
+    assert compared(row, chat_tokenizer)["prompt"] == chat_tokenizer.apply_chat_template(
+        [USER], add_generation_prompt=True, tokenize=False
+    )
 
 
 def test_comparisons_of_texts_stay_as_they_are(tokenizer):
