@@ -104,6 +104,9 @@ class SFTConfig(SupervisedConfig):
     module:function; see docs/data.md."""
     eval_data: str | None = None
     """Held-out demonstrations; null: a share of the data."""
+    batch_tokens: int | None = None
+    """Tokens of one optimizer step, over all processes, instead of batch_size demonstrations: as many whole ones as fit
+    (packing). null: batch_size of them."""
     max_length: int | None = None
     """Tokens of a demonstration; null: what the model's context holds."""
     too_long: TooLong | None = None
@@ -114,7 +117,8 @@ class SFTConfig(SupervisedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_length("max_length", self.max_length)
+        for name in ("max_length", "batch_tokens"):
+            _check_length(name, getattr(self, name))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ STANDARD = set(sys.stdlib_module_names)
 
 ERRORS = {"errors"}
 LIGHT = ERRORS | {"settings"}  # free of torch
-LANGUAGE = LIGHT | {"adapters", "core", "models", "packing", "data", "references", "preferences"}
+LANGUAGE = LIGHT | {"adapters", "core", "models", "packing", "data", "messages", "references", "preferences"}
 EVERYTHING_BELOW = LANGUAGE | {
     "compute",
     "config",
@@ -73,7 +73,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "model_card": ({"huggingface_hub"}, {"references"}),
     "export": ({"torch", "transformers", "huggingface_hub"}, LANGUAGE | {"rewards", "run"}),
     "stepwise": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
-    "candidates": ({"torch"}, EVERYTHING_BELOW),
+    "candidates": ({"torch", "transformers"}, EVERYTHING_BELOW),
     "inspection": ({"transformers", "rich"}, EVERYTHING_BELOW | {"train"}),
     "pipeline": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
     "study": ({"torch", "matplotlib"}, {"core"}),

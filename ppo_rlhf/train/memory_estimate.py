@@ -34,6 +34,7 @@ from ppo_rlhf.train.inputs import named
 from ppo_rlhf.train.ppo_parts import load_prompts, value_model_of
 from ppo_rlhf.train.reward_model import ComparisonModule, classifier_from, load_rankings
 from ppo_rlhf.train.sft import load_examples
+from ppo_rlhf.train.supervised import token_batches
 
 FLOAT = 4  # bytes
 
@@ -71,6 +72,9 @@ def estimate_sft(config: SFTConfig) -> MemoryEstimate:
     policy, tokenizer = _policy(config, "the language model to start from")
     examples, _ = load_examples(config, None, tokenizer, min(config.max_length or 2**31, context_length(policy)))
     num_rows = config.micro_batch_size or config.batch_size
+    if config.batch_tokens is not None:
+        batches = token_batches(examples.lengths, config, config.batch_tokens, 1)
+        num_rows = min(config.micro_batch_size or config.batch_tokens, max(map(len, batches)))
     num_learnt = num_rows * max(sum(example.learnt) for example in examples)
     update = _gradients(policy) | _activations([policy.base_model], num_rows, max(examples.lengths), config)
     return MemoryEstimate(

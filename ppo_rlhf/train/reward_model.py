@@ -30,7 +30,7 @@ from ppo_rlhf.train import Callback
 from ppo_rlhf.train.inputs import policy_with_tokenizer, training_and_held_out
 from ppo_rlhf.train.rankings import EncodedRankings, fitting, pair_tensors, rankings_of
 from ppo_rlhf.train.reward_evaluation import Order, evaluate_held_out, gold_pairs
-from ppo_rlhf.train.supervised import HeldOut, Task, fit, num_steps_of
+from ppo_rlhf.train.supervised import HeldOut, Task, batch_of, fit, num_steps_of
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,9 @@ def train(
     def evaluate() -> HeldOut:
         return evaluate_held_out(parts.reward_model, parts.held_out, parts.gold_orders, accelerator)
 
+    lengths = [max(len(line) for line in lines) for lines in parts.training.encoded]
     task = Task(
-        lengths=[max(len(line) for line in lines) for lines in parts.training.encoded],
+        batch=lambda step: batch_of(step, num_steps, config, lengths),
         weight=len,
         loss=loss,
         evaluate=evaluate,

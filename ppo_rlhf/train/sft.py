@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from ppo_rlhf.seeding import uniform_rows
 from ppo_rlhf.settings import SamplingSettings
 from ppo_rlhf.train import Callback
 from ppo_rlhf.train.inputs import policy_with_tokenizer, training_and_held_out
-from ppo_rlhf.train.supervised import HeldOut, Task, fit, num_steps_of
+from ppo_rlhf.train.supervised import HeldOut, Task, batch_of, fit, num_steps_of, token_batches
 
 EVAL_BATCH = 64  # examples of one forward in evaluation
 
@@ -52,9 +52,9 @@ def train(
     policy, tokenizer = policy_with_tokenizer(config, policy, tokenizer, what="the language model to start from")
     longest = min(config.max_length or 2**31, context_length(policy))
     examples, eval_examples = load_examples(config, data, tokenizer, longest)
-    num_steps = num_steps_of(config, len(examples), accelerator)
-    train_adapter(policy, config.lora)
-    module = CompletionModule(use_quick_kernels(policy).to(accelerator.device))
+    num_steps, batch = batches_of(config, examples.lengths, accelerator)
+    train_adapter(use_quick_kernels(policy), config.lora)
+    module = CompletionModule(policy.to(accelerator.device))
 
     shown = prompts_and_completions(eval_examples.rows(SAMPLES_KEPT), tokenizer, "data")
 
@@ -70,7 +70,7 @@ def train(
             )
 
     task = Task(
-        lengths=examples.lengths,
+        batch=batch,
         weight=lambda batch: sum(sum(examples[row].learnt) for row in batch),
         loss=loss,
         evaluate=evaluate,
@@ -108,6 +108,17 @@ def demonstrations_of(
     """Rows in tokens, those with more than `longest` treated as the configuration says."""
     too_long = config.too_long or ("refuse" if config.max_length is None else "right")
     return demonstrations(rows, tokenizer, longest=longest, too_long=too_long, setting=setting)
+
+
+def batches_of(
+    config: SFTConfig, lengths: Sequence[int], accelerator: Accelerator
+) -> tuple[int, Callable[[int], Sequence[int]]]:
+    """How many steps the run has, and the global batch of each: of batch_size demonstrations, or of batch_tokens."""
+    if config.batch_tokens is not None:
+        batches = token_batches(lengths, config, config.batch_tokens, accelerator.num_processes)
+        return len(batches), batches.__getitem__
+    num_steps = num_steps_of(config, len(lengths), accelerator)
+    return num_steps, lambda step: batch_of(step, num_steps, config, lengths)
 
 
 @torch.no_grad()
@@ -161,10 +172,10 @@ class CompletionModule(nn.Module):
 
 
 def completion_logprobs(module: nn.Module, examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor]:
-    """log π of what follows each example's first learnt place, (B, T), and the mask of the tokens that are learnt."""
+    """log π of all tokens from the first that is learnt on, (B, T), and the mask of those that are learnt."""
     reversed_prompts = right_padded([each.ids[: each.start][::-1] for each in examples], device)
     prompt_ids, prompt_mask = (x.flip(1) for x in reversed_prompts)  # padding comes before a prompt
     response_ids, response_mask = right_padded([each.ids[each.start :] for each in examples], device)
-    learnt = right_padded([each.learnt[each.start :] for each in examples], device)[0].bool()
+    learnt, _ = right_padded([each.learnt[each.start :] for each in examples], device)
     inputs = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask}
-    return module(**inputs, response_ids=response_ids, response_mask=response_mask), learnt
+    return module(**inputs, response_ids=response_ids, response_mask=response_mask), learnt.bool()

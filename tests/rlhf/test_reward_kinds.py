@@ -234,6 +234,17 @@ def test_a_reward_model_puts_prompt_and_response_into_its_own_chat_template(tmp_
     assert model.encode(["the sea " * 60], ["go"])[0] == model.encode(["the sea " * 60], ["go"])[0][-cases.CONTEXT :]
 
 
+def test_a_reward_model_reads_the_conversation_that_a_prompt_was_made_of():
+    tokenizer = cases.make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    model = RewardModel(classifier_from(cases.make_model()), tokenizer, chat_template=True)
+    messages = [[{"role": "system", "content": "go"}, {"role": "user", "content": prompt}] for prompt in PROMPTS]
+    rendered = [f"s.go!u.{prompt}!a.{response}!" for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
+    expected = model.raw_scores([tokenizer(text)["input_ids"] for text in rendered])
+    assert model(PROMPTS, RESPONSES, messages=messages).tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+    assert model(PROMPTS, RESPONSES).tolist() != pytest.approx(expected.tolist(), abs=1e-3)
+
+
 def test_a_chat_template_that_is_not_there_is_told():
     with pytest.raises(UserError, match="has no chat template"):
         RewardModel(classifier_from(cases.make_model()), cases.make_tokenizer(), chat_template=True)

@@ -20,7 +20,7 @@ from ppo_rlhf.data import held_out, load_rows, stream, text_column
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.prompts import Prompts
 from ppo_rlhf.seeding import keyed_generator, permutation, uniform_rows
-from ppo_rlhf.train.supervised import WINDOW, batch_of, num_steps_of
+from ppo_rlhf.train.supervised import WINDOW, batch_of, num_steps_of, token_batches
 
 ROWS = [{"prompt": "the cat", "topic": "cats"}, {"prompt": "a dog", "topic": "dogs"}, {"prompt": "why", "topic": "why"}]
 
@@ -356,6 +356,38 @@ def test_a_batch_depends_on_its_step_alone_and_on_the_seed():
     assert [batch_of(step, 45, config, lengths) for step in reversed(range(45))][::-1] == in_order
     other = SFTConfig(batch_size=4, num_epochs=2.0, seed=1)
     assert [batch_of(step, 45, other, lengths) for step in range(45)] != in_order
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(30, 90), st.integers(1, 3), st.integers(0, 3))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_batches_of_tokens_hold_what_fits_in_the_order_of_the_data(lengths, budget, epochs, seed):
+    config = SFTConfig(num_epochs=float(epochs), seed=seed)
+    taken = token_batches(lengths, config, budget, 1)
+    order = [row for batch in taken for row in batch]
+    assert order == stream(len(lengths), 0, len(order), seed).tolist()
+    assert len(order) >= epochs * len(lengths)  # every example is seen in every pass
+    assert len(order) - len(taken[-1]) < epochs * len(lengths)  # and no batch is begun after the last pass
+    following = stream(len(lengths), 0, len(order) + 1, seed).tolist()
+    for number, batch in enumerate(taken):
+        tokens = sum(lengths[row] for row in batch)
+        first_left_out = following[sum(len(each) for each in taken[: number + 1])]
+        assert tokens <= budget < tokens + lengths[first_left_out]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "processes", "message"),
+    [
+        (
+            [3, 50, 4],
+            1,
+            "batch_tokens=40 holds 0 demonstrations beside one of 50 tokens, fewer than the 1 processes",
+        ),
+        ([30, 30, 30], 2, "batch_tokens=40 holds 1 demonstrations beside one of 30 tokens, fewer than the 2 processes"),
+    ],
+)
+def test_a_budget_of_tokens_that_is_too_small_is_refused(lengths, processes, message):
+    with pytest.raises(UserError, match=message):
+        token_batches(lengths, SFTConfig(), 40, processes)
 
 
 def test_a_batch_larger_than_the_data_is_refused():

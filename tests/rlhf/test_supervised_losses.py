@@ -47,7 +47,7 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_learnt_tokens(architecture, co
 
 def gradient_of(module, pieces):
     """That of the mean over all learnt tokens, by a backward pass a piece."""
-    count = sum(sum(example.learnt) for piece in pieces for example in piece)
+    count = sum(sum(each.learnt) for piece in pieces for each in piece)
     for piece in pieces:
         logprobs, learnt = completion_logprobs(module, piece, torch.device("cpu"))
         masked_mean(-logprobs, learnt, count=count).backward()

@@ -11,10 +11,12 @@ from tiny_runs import STOPS, metrics_of
 
 from ppo_rlhf.cli import main
 from ppo_rlhf.config import PPOConfig, RewardConfig, SFTConfig
+from ppo_rlhf.data import demonstrations
 from ppo_rlhf.models import load_policy
 from ppo_rlhf.rewards import RewardModel
 from ppo_rlhf.settings import OptimizerSettings, PPOSettings, SamplingSettings
 from ppo_rlhf.train import ppo, reward_model, sft
+from ppo_rlhf.train.supervised import token_batches
 
 ASKED, SAID, OTHER = "red fish?", " blue bird .", " stone"
 USER = {"role": "user", "content": ASKED}
@@ -80,6 +82,23 @@ def test_the_turns_of_a_conversation_are_all_learnt_and_the_users_are_not(chat_m
         ids += tokens
         learnt += [taught] * len(tokens)
     assert metrics_of("run")[1]["loss"] == pytest.approx(nll(model, ids, lambda place: learnt[place]), abs=2e-5)
+
+
+def test_a_batch_of_tokens_is_learnt_as_its_demonstrations_are_alone(chat_model):
+    rows = [{"text": "red fish " * (1 + number % 4) + str(number)} for number in range(12)]
+    config = SFTConfig(policy=chat_model, batch_tokens=40, **SHARED)
+    shapes = []
+    sft.train(config, data=rows, callbacks=[lambda step, metrics: shapes.append(step)])
+    model, tokenizer = load_policy(chat_model, setting="test")
+    examples = demonstrations(rows, tokenizer, longest=64, too_long="refuse", setting="data")
+    training, _ = examples.split(0.5, 0, setting="eval_fraction")
+    batches = token_batches(training.lengths, config, 40, 1)
+    assert len(shapes) == len(batches) > 1
+    assert len({len(batch) for batch in batches}) > 1
+    losses = [nll(model, training[row].ids, lambda place: place > 0) for row in batches[0]]
+    counts = [len(training[row].ids) - 1 for row in batches[0]]
+    expected = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+    assert metrics_of("run")[1]["loss"] == pytest.approx(expected, abs=2e-5)
 
 
 def test_a_model_without_a_template_takes_one_from_a_file_and_keeps_it(models):
