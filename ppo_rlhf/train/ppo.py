@@ -19,22 +19,25 @@ from ppo_rlhf.core import (
     adapt_kl_coef_proportional,
     approx_kl,
     gae,
+    group_normalized,
     kl_shaped_rewards,
+    leave_one_out,
     unit_variance,
     whiten,
 )
-from ppo_rlhf.data import stream
 from ppo_rlhf.optimizer import learning_rate, make_optimizer, set_learning_rate
 from ppo_rlhf.rewards import RewardFunction, Scores, reference_moments, shaped, with_batch
 from ppo_rlhf.rollout import Rollout, evaluate
 from ppo_rlhf.run import LoopState, Run, begin, share_of, whole_weights
-from ppo_rlhf.sampling import sample, warn_of_truncation
+from ppo_rlhf.sampling import Responses, sample, warn_of_truncation
 from ppo_rlhf.seeding import keyed_generator, uniform_rows
 from ppo_rlhf.train import Callback
+from ppo_rlhf.train.averaging import averaged, moving_average
 from ppo_rlhf.train.bad_samples import bad_samples
 from ppo_rlhf.train.ppo_evaluation import evaluate_held_out, summary_of
 from ppo_rlhf.train.ppo_parts import Parts, load_parts
 from ppo_rlhf.train.ppo_records import Clock, multiplied_type, rollout_metrics, sample_rows, throughput_metrics
+from ppo_rlhf.train.pretraining import pretraining_of
 from ppo_rlhf.train.scoring import scores_of
 from ppo_rlhf.update import ppo_update
 
@@ -65,15 +68,16 @@ def train(
     compute = set_up_products(config.matmul_precision, accelerator.device, multiplied_type(accelerator))
     parts = load_parts(config, accelerator, policy, tokenizer, reference, reward, gold, prompts)
     # Before the folder is made: a reward function that fails leaves nothing behind.
-    before = None if config.resume else evaluate_held_out(parts, config, accelerator)
+    before = None if config.resume else evaluate_held_out(parts, config, accelerator, LoopState())
     model, optimizer = accelerator.prepare(parts.model, make_optimizer(parts.model, config.optimizer))
     with start.run(num_steps=config.num_steps) as run:
         state = run.resume()
         if state is None:
-            before = before or evaluate_held_out(parts, config, accelerator)
+            before = before or evaluate_held_out(parts, config, accelerator, LoopState())
             state = LoopState(kl_coef=config.kl_coef, before=before.metrics, matmul_precision=compute.precision)
             if config.score_shaping.normalize == "reference":
                 state = replace(state, score_moments=reference_moments(before.metrics, len(before.rows)))
+            state = with_average(state, model, parts, config)
             run.log(0, before.metrics)
             run.log_held_out(0, before.rows)
         elif state.matmul_precision not in ("", compute.precision):  # measured otherwise: go on as the run began
@@ -87,13 +91,13 @@ def train(
             run.log_samples(samples)
             run.log_bad_samples(bad)
             kl_coef = next_kl_coef(state.kl_coef, metrics["objective/kl"], config)
-            state = replace(state, step=state.step + 1, kl_coef=kl_coef)
+            state = with_average(replace(state, step=state.step + 1, kl_coef=kl_coef), model, parts, config)
             state = evaluate_and_save(run, state, metrics, parts, config)
             for callback in callbacks:
                 callback(state.step, metrics)
             run.stop_if_asked(state)
 
-        with whole_weights(model):
+        with whole_weights(model), averaged(parts.model.language_model, state.tensors):
             run.save_model("policy", lambda path: parts.save_policy(path, config))
         return run.finish(summary_of(state.before, state.after))
 
@@ -113,7 +117,7 @@ def ppo_step(
     """
     step, size = state.step, config.batch_size
     mine = share_of(size, accelerator)
-    rows = stream(len(parts.prompts), step * size, (step + 1) * size, config.seed)[mine].tolist()
+    rows = parts.rows_of(step, config)[mine]
     prompts = parts.prompts.batch(rows, accelerator.device)
     noise = uniform_rows(list(range(size))[mine], config.sampling.max_new_tokens, config.seed, "sample", step)
     with accelerator.autocast():
@@ -127,6 +131,7 @@ def ppo_step(
             responses,
             temperature=config.sampling.temperature,
             batch_size=config.ppo.micro_batch_size or size,
+            bootstrap=config.missing_eos.rule == "bootstrap",
         )
         clock.lap("evaluate")
     columns = parts.prompts.columns_of(rows)
@@ -139,14 +144,8 @@ def ppo_step(
     gold = scored(parts.gold) if parts.gold is not None else None
     clock.lap("score")
 
-    kl = approx_kl(rollout.logprobs, rollout.ref_logprobs, "k1")  # unbiased in the reward, where no gradient flows
-    if config.score_shaping.normalize == "running":
-        moments = with_batch(state.score_moments, scores.total, sum_across=accelerator.reduce)
-        state = replace(state, score_moments=moments)
-    paid = shaped(scores, rollout.mask.sum(1), config.score_shaping, state.score_moments)
-    total = missing_eos_rule(paid.total, responses.finished, config.missing_eos)
-    rewards = kl_shaped_rewards(total, kl, rollout.mask, kl_coef=state.kl_coef, dense=paid.dense)
-    experience = experience_of(rollout, rewards, config, accelerator)
+    state, rewards = rewards_of(scores, rollout, responses, state, config, accelerator)
+    experience = experience_of(rollout, rewards, responses.finished, config, accelerator)
     statistics = ppo_update(
         model,
         optimizer,
@@ -154,10 +153,15 @@ def ppo_step(
         config.ppo,
         accelerator=accelerator,
         generator=keyed_generator(config.seed, "shuffle", step, accelerator.process_index),
+        reference_kl_coef=0.0 if config.kl_penalty == "reward" else state.kl_coef,
+        reference_kl_estimator="k3" if config.kl_penalty == "k3" else "k2",
+        auxiliary_losses=pretraining_of(model, parts.texts, step, config, accelerator),
     )
     clock.lap("update")
 
-    metrics = rollout_metrics(rollout, experience, scores, gold, rewards, responses, accelerator)
+    metrics = rollout_metrics(rollout, experience, scores, gold, rewards, responses, config, accelerator)
+    if parts.texts:
+        statistics["loss/pretraining"] = statistics.pop("loss/auxiliary") / config.pretraining.coef
     metrics |= statistics | clock.metrics(metrics["response/length"] * size)
     metrics |= throughput_metrics(rollout, metrics, parts.model, parts.reference, config, compute)
     metrics["memory/peak_gib"] = peak_memory_gib(accelerator.device)
@@ -169,34 +173,80 @@ def ppo_step(
     return state, metrics, samples, bad
 
 
-def experience_of(rollout: Rollout, rewards: Tensor, config: PPOConfig, accelerator: Accelerator) -> Experience:
+def rewards_of(
+    scores: Scores,
+    rollout: Rollout,
+    responses: Responses,
+    state: LoopState,
+    config: PPOConfig,
+    accelerator: Accelerator,
+) -> tuple[LoopState, Tensor]:
+    """Scores ► shaped ► the rule for a missing eos ► a reward for each token, with its KL penalty where it acts there.
+
+    → the state, in which running normalisation knows of these scores too, and the rewards (B, T).
+    """
+    if config.score_shaping.normalize == "running":
+        moments = with_batch(state.score_moments, scores.total, sum_across=accelerator.reduce)
+        state = replace(state, score_moments=moments)
+    paid = shaped(scores, rollout.mask.sum(1), config.score_shaping, state.score_moments)
+    total = missing_eos_rule(paid.total, responses.finished, config.missing_eos, paid.dense)
+    kl = approx_kl(rollout.logprobs, rollout.ref_logprobs, "k1")  # unbiased in the reward, where no gradient flows
+    kl_coef = state.kl_coef if config.kl_penalty == "reward" else 0.0
+    return state, kl_shaped_rewards(total, kl, rollout.mask, kl_coef=kl_coef, dense=paid.dense)
+
+
+def experience_of(
+    rollout: Rollout, rewards: Tensor, finished: Tensor, config: PPOConfig, accelerator: Accelerator
+) -> Experience:
     """Rewards ► advantages and returns ► whitened advantages, over all processes.
 
-    A response is terminated at its last generated token, whether it stopped or was cut off.
+    A response is terminated at its last generated token, whether it stopped or was cut off; with the rule `bootstrap`
+    only where it stopped. Against the other responses to its prompt, all tokens of a response have one advantage.
     """
     mask = rollout.mask
     if config.whiten_rewards:
         rewards = unit_variance(rewards, mask, sum_across=accelerator.reduce)
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    last = positions == torch.where(mask, positions, -1).max(dim=1, keepdim=True).values
-    advantages, returns = gae(rewards, rollout.values, last, last, gamma=config.gamma, lam=config.gae_lambda)
+    if config.advantage == "gae":
+        positions = torch.arange(mask.shape[1], device=mask.device)
+        last = positions == torch.where(mask, positions, -1).max(dim=1, keepdim=True).values
+        terminated = last & finished[:, None] if config.missing_eos.rule == "bootstrap" else last
+        advantages, returns = gae(rewards, rollout.values, terminated, last, gamma=config.gamma, lam=config.gae_lambda)
+        advantages = whiten(advantages, mask, sum_across=accelerator.reduce)
+    else:
+        relative = leave_one_out if config.advantage == "rloo" else group_normalized
+        advantages = relative(rewards.sum(1), group_size=config.responses_per_prompt)[:, None].expand_as(rewards)
+        returns = rollout.values[:, :-1]  # there is no value function to learn them
     return Experience(
         inputs=rollout.inputs,
         logprobs=rollout.logprobs,
         values=rollout.values[:, :-1],
-        advantages=whiten(advantages, mask, sum_across=accelerator.reduce),
+        advantages=advantages,
         returns=returns,
         mask=mask,
+        ref_logprobs=rollout.ref_logprobs,
     )
 
 
-def missing_eos_rule(scores: Tensor, finished: Tensor, rule: MissingEOS) -> Tensor:
-    """The scores as paid: those of responses that were cut off are set to a value, or lowered by it. All (B,)."""
+def missing_eos_rule(scores: Tensor, finished: Tensor, rule: MissingEOS, dense: Tensor | None = None) -> Tensor:
+    """The scores as paid: those of responses that were cut off are set to a value, lowered by it, or not paid. (B,).
+
+    dense (B, T): what was paid before the end, which a score that is not paid leaves as it is.
+    """
     if rule.rule == "set":
         return torch.where(finished, scores, rule.value)
     if rule.rule == "subtract":
         return torch.where(finished, scores, scores - rule.value)
+    if rule.rule == "bootstrap":
+        return torch.where(finished, scores, 0.0 if dense is None else dense.sum(1))
     return scores
+
+
+def with_average(state: LoopState, model: nn.Module, parts: Parts, config: PPOConfig) -> LoopState:
+    """The state with the moving average of the policy's weights, where one is wanted."""
+    if config.ema_decay is None:
+        return state
+    with whole_weights(model):
+        return replace(state, tensors=moving_average(state.tensors, parts.model.language_model, config.ema_decay))
 
 
 def next_kl_coef(kl_coef: float, kl: float, config: PPOConfig) -> float:
@@ -214,13 +264,13 @@ def evaluate_and_save(
     """The end of a step: evaluation where one is due, the best policy kept, metrics logged, a checkpoint where due."""
     last = state.step == config.num_steps
     if last or (config.eval_every and state.step % config.eval_every == 0):
-        outcome = evaluate_held_out(parts, config, run.accelerator, moments=state.score_moments, must_be_finite=False)
+        outcome = evaluate_held_out(parts, config, run.accelerator, state, must_be_finite=False)
         metrics |= outcome.metrics
         run.log_held_out(state.step, outcome.rows)
         state = replace(state, after=outcome.metrics)
         if outcome.quality > state.best:
             state = replace(state, best=outcome.quality)
-            with whole_weights(parts.model):
+            with whole_weights(parts.model), averaged(parts.model.language_model, state.tensors):
                 run.save_model("best", lambda path: parts.save_policy(path, config))
     run.log(state.step, metrics)
     if last or (config.save_every and state.step % config.save_every == 0):

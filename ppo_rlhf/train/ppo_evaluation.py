@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from ppo_rlhf.config import PPOConfig
 from ppo_rlhf.models import evaluating
 from ppo_rlhf.policy import response_logprobs
-from ppo_rlhf.rewards import RewardFunction, ScoreMoments, Scores, shaped
+from ppo_rlhf.rewards import RewardFunction, Scores, shaped
 from ppo_rlhf.rollout import inputs_of
-from ppo_rlhf.run import gathered, share_of, whole_weights
+from ppo_rlhf.run import LoopState, gathered, share_of, whole_weights
 from ppo_rlhf.sampling import sample
 from ppo_rlhf.seeding import uniform_rows
+from ppo_rlhf.train.averaging import averaged
 from ppo_rlhf.train.ppo_parts import Parts
 from ppo_rlhf.train.scoring import scores_of
 
@@ -39,19 +40,20 @@ def evaluate_held_out(
     parts: Parts,
     config: PPOConfig,
     accelerator: Accelerator,
+    state: LoopState,
     *,
-    moments: ScoreMoments = (0.0, 1.0, 0.0),
     must_be_finite: bool = True,
 ) -> Outcome:
     """Samples a response to every held-out prompt, at the run's temperature, and measures what the run is about.
 
     Scores are raw: before they are shaped, the rule for a missing eos and the KL penalty. KL is per response, in nats.
-    moments: by which they are normalised for the quality. must_be_finite: a score that is not raises UserError, as it
-    should before a run and not in its tenth hour.
+    state: whose average weights are evaluated, where it has some, and by whose moments scores are normalised for the
+    quality. must_be_finite: a score that is not raises UserError, as it should before a run and not in its tenth hour.
     """
     numbers = range(len(parts.eval_prompts))[share_of(len(parts.eval_prompts), accelerator)]
     rows: list[dict[str, Any]] = []
-    with accelerator.autocast(), evaluating(parts.model), whole_weights(parts.model):
+    model = parts.model.language_model
+    with accelerator.autocast(), evaluating(parts.model), whole_weights(parts.model), averaged(model, state.tensors):
         for start in range(0, len(numbers), config.sampling.batch_size):
             batch = list(numbers[start : start + config.sampling.batch_size])
             rows += _evaluate_batch(batch, parts, config, accelerator, must_be_finite)
@@ -73,7 +75,7 @@ def evaluate_held_out(
         metrics["eval/gold_correlation"] = rank_correlation(scores, gold)
     metrics["eval/reference_norm"] = weight_norm(parts.reference)
     lengths = torch.tensor([row["length"] for row in rows])
-    paid = shaped(Scores(scores, {}), lengths, config.score_shaping, moments).total
+    paid = shaped(Scores(scores, {}), lengths, config.score_shaping, state.score_moments).total
     return Outcome(metrics, rows, quality=float(paid.double().mean()) - config.kl_coef * metrics["eval/kl"])
 
 

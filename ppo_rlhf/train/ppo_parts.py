@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_rlhf.config import PPOConfig
-from ppo_rlhf.data import held_out, load_rows
+from ppo_rlhf.data import held_out, load_rows, stream
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.models import (
     context_length,
@@ -28,6 +28,8 @@ from ppo_rlhf.prompts import Prompts
 from ppo_rlhf.rewards import RewardFunction, RewardModel, load_reward, models_in
 from ppo_rlhf.sampling import stop_ids_of
 from ppo_rlhf.train.inputs import named, policy_with_tokenizer
+from ppo_rlhf.train.pretraining import load_texts
+from ppo_rlhf.train.sft import Demonstration
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,13 @@ class Parts:
     gold: RewardFunction | None
     prompts: Prompts
     eval_prompts: Prompts
+    texts: list[Demonstration]  # of PPO-ptx
+
+    def rows_of(self, step: int, config: PPOConfig) -> list[int]:
+        """The prompts of a step's rollout, each as often as it gets responses, in a row."""
+        group = config.responses_per_prompt
+        size = config.batch_size // group
+        return stream(len(self.prompts), step * size, (step + 1) * size, config.seed).repeat_interleave(group).tolist()
 
     def save_policy(self, path: Path, config: PPOConfig) -> None:
         """The policy as a folder that plain transformers loads and samples from as the run did."""
@@ -69,6 +78,16 @@ def load_parts(
             f"batch_size={config.batch_size} does not divide between {accelerator.num_processes} processes × "
             f"ppo.num_minibatches={config.ppo.num_minibatches}."
         )
+    if config.batch_size % (accelerator.num_processes * config.responses_per_prompt):
+        raise UserError(
+            f"batch_size={config.batch_size} does not divide between {accelerator.num_processes} processes × "
+            f"responses_per_prompt={config.responses_per_prompt}."
+        )
+    if config.pretraining.data is not None and config.pretraining.batch_size % accelerator.num_processes:
+        raise UserError(
+            f"pretraining.batch_size={config.pretraining.batch_size} does not divide between "
+            f"{accelerator.num_processes} processes."
+        )
     policy, tokenizer = policy_with_tokenizer(config, policy, tokenizer, what="the supervised policy to start from")
     use_quick_kernels(policy).to(accelerator.device)
     disable_dropout(policy)
@@ -88,6 +107,8 @@ def load_parts(
         gold = load_reward(config.gold, setting="gold", device=accelerator.device)
         loaded += [model.network for model in models_in(gold)]
     longest = context_length(policy) - config.sampling.max_new_tokens
+    longest -= config.missing_eos.rule == "bootstrap"  # for the token after the last
+    texts = load_texts(config, tokenizer, longest=context_length(policy))
     train_prompts, eval_prompts = load_prompts(config, tokenizer, prompts, longest)
     value_model = value_model_of(config, policy, tokenizer, reward)  # in float32, whatever the reward model becomes
     if config.frozen_precision == "bf16":
@@ -98,6 +119,7 @@ def load_parts(
         value_model=value_model,
         temperature=config.sampling.temperature,
         differentiable_entropy=config.ppo.entropy_coef != 0,
+        with_values=config.advantage == "gae",
     )
     if config.gradient_checkpointing:
         model.checkpoint_activations()
@@ -110,6 +132,7 @@ def load_parts(
         gold=gold,
         prompts=train_prompts,
         eval_prompts=eval_prompts,
+        texts=texts,
     )
 
 
@@ -150,7 +173,7 @@ def load_prompts(
         rows, eval_rows = held_out(rows, config.eval_fraction, config.seed, setting="eval_fraction")
     else:
         eval_rows = load_rows(config.eval_prompts, required=("prompt",), setting="eval_prompts")
-    if config.batch_size > len(rows):
+    if config.batch_size // config.responses_per_prompt > len(rows):
         raise UserError(f"batch_size={config.batch_size} is larger than the {len(rows)} prompts to train on; lower it.")
     if longest < 1:
         raise UserError(

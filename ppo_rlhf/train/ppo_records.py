@@ -51,6 +51,7 @@ def rollout_metrics(
     gold: Scores | None,
     rewards: Tensor,
     responses: Responses,
+    config: PPOConfig,
     accelerator: Accelerator,
 ) -> dict[str, float]:
     """Means over the global batch: of responses for `objective/…` and `response/…`, in nats and tokens a response."""
@@ -71,11 +72,11 @@ def rollout_metrics(
     *totals, responses_total = accelerator.reduce(
         torch.stack([value.to(device, torch.float64) for value in [*sums.values(), count]])
     ).tolist()
-    explained = explained_variance(experience.values, experience.returns, mask, sum_across=accelerator.reduce)
-    return {
-        **{name: total / responses_total for name, total in zip(sums, totals, strict=True)},
-        "value/explained_variance": float(explained),
-    }
+    metrics = {name: total / responses_total for name, total in zip(sums, totals, strict=True)}
+    if config.advantage == "gae":
+        explained = explained_variance(experience.values, experience.returns, mask, sum_across=accelerator.reduce)
+        metrics["value/explained_variance"] = float(explained)
+    return metrics
 
 
 def throughput_metrics(
