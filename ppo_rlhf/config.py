@@ -164,8 +164,10 @@ class RewardConfig(SupervisedConfig):
 class MissingEOS:
     """What a response earns that was cut off by the length limit."""
 
-    rule: Literal["none", "set", "subtract"] = "set"
-    """set: its score becomes `value` (Ziegler et al., 2019); subtract: `value` is taken off (TRL); none: neither."""
+    rule: Literal["none", "set", "subtract", "bootstrap"] = "set"
+    """set: its score becomes `value` (Ziegler et al., 2019); subtract: `value` is taken off (TRL); none: neither.
+    bootstrap: it is not scored, and what its last state is worth takes the place of what might have come (Pardo et al.,
+    2018)."""
     value: float = -1.0
     """The score to set, or what to subtract."""
 
@@ -175,6 +177,29 @@ class MissingEOS:
             self.rule != "subtract" or self.value >= 0,
             f"missing_eos.value={self.value} would reward a missing eos: rule subtract takes the value off the score.",
         )
+
+
+@dataclass(frozen=True)
+class PretrainingSettings:
+    """PPO-ptx: a language-modelling loss on texts, accumulated in PPO's own optimizer steps (Ouyang et al., 2022)."""
+
+    data: str | None = None
+    """Rows with `text`, or `prompt` and `completion`; null: none of this."""
+    coef: float = 27.8
+    """Weight of the mean cross-entropy a token (Ouyang et al., 2022: 27.8)."""
+    batch_size: int = 64
+    """Texts of one optimizer step, over all processes (Ouyang et al., 2022: eight for each response)."""
+    micro_batch_size: int | None = None
+    """Texts of one forward and backward, for memory alone; null: all of a process's share."""
+    max_length: int = 256
+    """Longer texts are cut on the right."""
+
+    def __post_init__(self) -> None:
+        require(self.coef > 0, f"pretraining.coef={self.coef} must be above 0; without data there is no such loss.")
+        require(self.batch_size >= 1, f"pretraining.batch_size={self.batch_size} must be at least 1.")
+        micro = self.micro_batch_size
+        require(micro is None or micro >= 1, f"pretraining.micro_batch_size={micro} must be at least 1, or null.")
+        require(self.max_length >= 2, f"pretraining.max_length={self.max_length} must be at least 2.")
 
 
 @dataclass(frozen=True)
@@ -208,8 +233,15 @@ class PPOConfig(RunConfig):
     """Rollouts, each followed by one update."""
     batch_size: int = 64
     """Responses of one rollout, over all processes."""
+    responses_per_prompt: int = 1
+    """Responses of a rollout to each of its prompts; must divide batch_size."""
+    advantage: Literal["gae", "rloo", "grpo"] = "gae"
+    """gae: generalised advantage estimation, with a value function. rloo, grpo: a response's rewards against those of
+    the other responses to its prompt, without one: less their mean (Ahmadian et al., 2024), or normalised (Shao et al.,
+    2024)."""
     value_model: Literal["shared", "separate"] = "shared"
-    """shared: a head on the policy's trunk. separate: a model that starts from the reward model, or from the policy."""
+    """Of gae. shared: a head on the policy's trunk. separate: a model that starts from the reward model where it is the
+    only reward, else from the policy."""
     value_head: str | None = None
     """A folder with a head that a shared value function starts from, `v_head.summary.…`: a run's value_head/, or one of
     TRL's; null: that of the policy's folder where it has one, else zero."""
@@ -225,6 +257,9 @@ class PPOConfig(RunConfig):
     """Nats per response at which β is adapted to hold the KL (Ziegler et al., 2019: 6); null: β is fixed."""
     kl_horizon: float = 10_000
     """Episodes over which the adaptation acts (Ziegler et al., 2019)."""
+    kl_penalty: Literal["reward", "k2", "k3"] = "reward"
+    """Where the KL penalty acts. reward: on each token's reward, k1. k2, k3: in the loss, by that estimate; k2 is exact
+    as long as the policy is the one that sampled, k3 is weighted by their ratio (`core.losses.reference_kl_loss`)."""
     gamma: float = 1.0
     """Discount (lm-human-preferences: 1)."""
     gae_lambda: float = 0.95
@@ -235,8 +270,13 @@ class PPOConfig(RunConfig):
     """bf16: reference and reward models that the run loads take half the memory; KL and scores are rounded."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    ema_decay: float | None = None
+    """Decay, at each rollout, of a moving average of the policy's weights, which is evaluated and saved in their place
+    (Ouyang et al., 2022: 0.992); null: the last weights."""
     missing_eos: MissingEOS = field(default_factory=MissingEOS)
     """What a response earns that was cut off."""
+    pretraining: PretrainingSettings = field(default_factory=PretrainingSettings)
+    """PPO-ptx."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     """How responses are sampled."""
     ppo: PPOSettings = field(default_factory=PPOSettings)
@@ -247,7 +287,7 @@ class PPOConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_length("max_prompt_length", self.max_prompt_length, least=1)
-        for name in ("num_steps", "batch_size", "max_eval_prompts"):
+        for name in ("num_steps", "batch_size", "max_eval_prompts", "responses_per_prompt"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
         require(0 < self.eval_fraction < 1, f"eval_fraction={self.eval_fraction} must lie between 0 and 1.")
         require(self.overlap_scoring >= 0, f"overlap_scoring={self.overlap_scoring} must not be negative; 0 is off.")
@@ -257,6 +297,18 @@ class PPOConfig(RunConfig):
             self.kl_horizon >= self.batch_size,
             f"kl_horizon={self.kl_horizon} must be at least the batch_size={self.batch_size} episodes of a step.",
         )
+        decay = self.ema_decay
+        require(decay is None or 0 < decay < 1, f"ema_decay={decay} must lie between 0 and 1, or be null.")
+        group = self.responses_per_prompt
+        rest = self.batch_size % group
+        require(rest == 0, f"batch_size={self.batch_size} does not divide into responses_per_prompt={group}.")
+        if self.advantage != "gae":
+            require(group > 1, f"advantage={self.advantage} needs responses_per_prompt of 2 or more, not {group}.")
+            for name, value in (("value_model", self.value_model), ("missing_eos.rule", self.missing_eos.rule)):
+                require(
+                    value not in ("separate", "bootstrap"),
+                    f"{name}={value} needs values, which advantage={self.advantage} has none of.",
+                )
         for name in ("gamma", "gae_lambda"):
             require(0 <= getattr(self, name) <= 1, f"{name}={getattr(self, name)} must lie in [0, 1].")
         rest = self.batch_size % self.ppo.num_minibatches

@@ -62,8 +62,11 @@ class PolicyWithValue(nn.Module):
         value_model: TokenValues | None = None,
         temperature: float = 1.0,
         differentiable_entropy: bool = False,
+        with_values: bool = True,
     ) -> None:
-        """differentiable_entropy: only an entropy bonus needs its gradient, which keeps another (B, T, vocabulary)."""
+        """differentiable_entropy: only an entropy bonus needs its gradient, which keeps another (B, T, vocabulary).
+        with_values: without them all values are 0, and there is no head for them.
+        """
         super().__init__()
         self.language_model = language_model
         self.value_model = value_model
@@ -71,7 +74,7 @@ class PolicyWithValue(nn.Module):
         self.differentiable_entropy = differentiable_entropy
         self._no_split_modules = getattr(language_model, "_no_split_modules", None)  # the blocks that FSDP2 shards
         self.value_head: nn.Linear | None = None
-        if value_model is None:
+        if value_model is None and with_values:
             embeddings = language_model.get_output_embeddings().weight
             self.value_head = nn.Linear(embeddings.shape[1], 1, dtype=embeddings.dtype, device=embeddings.device)
             nn.init.zeros_(self.value_head.weight)
@@ -134,12 +137,12 @@ class PolicyWithValue(nn.Module):
             logprobs = logprobs_of(logits[None], tokens.ids[None], temperature=self.temperature)[0]
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable_entropy):
                 entropy = entropy_of(logits[None], temperature=self.temperature)[0]
-        if only == "decisions":
-            values = torch.zeros(tokens.shape, device=hidden.device)
-        elif self.value_head is not None:
+        if only != "decisions" and self.value_head is not None:
             values = tokens.padded(linear_values(self.value_head, hidden))
-        else:
+        elif only != "decisions" and self.value_model is not None:
             values = self._values(tokens)
+        else:
+            values = torch.zeros(tokens.shape, device=hidden.device)
         return Evaluation(tokens.padded(logprobs), tokens.padded(entropy), values)
 
     def _values(self, tokens: ResponseTokens) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,7 +23,7 @@ class Rollout:
     inputs: Inputs  # name → (B, …): the policy's keyword arguments
     logprobs: Tensor  # (B, T) under the policy that sampled
     ref_logprobs: Tensor  # (B, T) under the reference
-    values: Tensor  # (B, T+1), the last column 0: nothing follows a response
+    values: Tensor  # (B, T+1), the last column 0, for nothing follows a response, but what it is worth to go on
     entropy: Tensor  # (B, T)
     mask: Tensor  # (B, T)
 
@@ -46,20 +47,36 @@ def evaluate(
     *,
     temperature: float,
     batch_size: int,
+    bootstrap: bool = False,
 ) -> Rollout:
-    """Evaluates the responses in batches, by the same forward that the update uses, so that its first ratio is 1."""
-    inputs = inputs_of(prompts, responses)
+    """Evaluates the responses in batches, by the same forward that the update uses, so that its first ratio is 1.
+
+    bootstrap: the value after the last token of a response that was cut off is wanted too.
+    """
+    inputs, width = inputs_of(prompts, responses), responses.mask.shape[1]
     evaluations, ref_logprobs = [], []
     for start in range(0, len(prompts), batch_size):
-        piece = {name: tensor[start : start + batch_size] for name, tensor in inputs.items()}
-        evaluations.append(policy(**piece))
+        rows = slice(start, start + batch_size)
+        piece = {name: tensor[rows] for name, tensor in inputs.items()}
+        evaluations.append(policy(**(one_more(piece, ~responses.finished[rows]) if bootstrap else piece)))
         ref_logprobs.append(response_logprobs(reference, piece, temperature=temperature))
     values = torch.cat([evaluation.values for evaluation in evaluations])
     return Rollout(
         inputs=inputs,
-        logprobs=torch.cat([evaluation.logprobs for evaluation in evaluations]),
+        logprobs=torch.cat([evaluation.logprobs[:, :width] for evaluation in evaluations]),
         ref_logprobs=torch.cat(ref_logprobs),
-        values=torch.cat([values, values.new_zeros(len(values), 1)], dim=1),
-        entropy=torch.cat([evaluation.entropy for evaluation in evaluations]),
+        values=values if bootstrap else F.pad(values, (0, 1)),
+        entropy=torch.cat([evaluation.entropy[:, :width] for evaluation in evaluations]),
         mask=responses.mask,
     )
+
+
+def one_more(inputs: Inputs, cut_off: Tensor) -> Inputs:
+    """The same with a token more behind each response that was cut off (B,): never read, but predicted from the state
+    after the last token, whose value so is computed. A response that was cut off fills all T places.
+    """
+    return {
+        **inputs,
+        "response_ids": F.pad(inputs["response_ids"], (0, 1)),
+        "response_mask": torch.cat([inputs["response_mask"], cut_off[:, None]], dim=1),
+    }

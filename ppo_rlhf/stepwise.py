@@ -22,12 +22,12 @@ from ppo_rlhf.models import frozen_copy, right_padded, save_policy
 from ppo_rlhf.optimizer import learning_rate, make_optimizer, set_learning_rate
 from ppo_rlhf.prompts import PromptBatch
 from ppo_rlhf.rewards import Scores
-from ppo_rlhf.rollout import Rollout, evaluate
+from ppo_rlhf.rollout import Rollout
 from ppo_rlhf.run import LoopState, make_accelerator, whole_weights
 from ppo_rlhf.sampling import Responses, sample, stop_ids_of
 from ppo_rlhf.seeding import uniform_rows
 from ppo_rlhf.train.inputs import policy_with_tokenizer
-from ppo_rlhf.train.ppo import improve, next_kl_coef
+from ppo_rlhf.train.ppo import evaluate_fitting, improve, next_kl_coef
 from ppo_rlhf.train.ppo_parts import policy_with_value, ready_policy
 from ppo_rlhf.train.ppo_records import rollout_metrics
 
@@ -79,13 +79,9 @@ class PPO:
 
     def evaluate(self, prompts: Texts, responses: Responses | Sequence[Sequence[int]]) -> Rollout:
         """Log-probabilities under policy and reference, values and entropies of the responses' tokens, each (B, T)."""
-        batch, said, temperature = self._prompts(prompts), self._responses(responses), self.config.sampling.temperature
-
-        def evaluated(batch_size: int) -> Rollout:
-            return evaluate(self._model, self.reference, batch, said, temperature=temperature, batch_size=batch_size)
-
+        batch, said = self._prompts(prompts), self._responses(responses)
         with self.accelerator.autocast():
-            return self._micro_batch.fitting(evaluated, len(prompts))
+            return evaluate_fitting(self._model, self.reference, batch, said, self._micro_batch, self.config)
 
     def update(
         self, prompts: Texts, responses: Responses | Sequence[Sequence[int]], scores: Sequence[float] | Tensor
@@ -116,7 +112,9 @@ class PPO:
             config,
             self.accelerator,
         )
-        metrics = rollout_metrics(rollout, experience, given, None, rewards, said, self.accelerator) | statistics
+        metrics = (
+            rollout_metrics(rollout, experience, given, None, rewards, said, config, self.accelerator) | statistics
+        )
         metrics |= {"kl_coef": state.kl_coef, "lr": self._optimizer.param_groups[0]["lr"]}
         kl_coef = next_kl_coef(state.kl_coef, metrics["objective/kl"], config)
         self.state = replace(state, step=state.step + 1, kl_coef=kl_coef)

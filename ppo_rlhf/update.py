@@ -7,7 +7,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +23,7 @@ from ppo_rlhf.settings import PPOSettings
 __all__ = ["PPOSettings", "measured_kl", "ppo_update"]
 
 KLDivergence = Callable[[Any, Any], Tensor]
+AuxiliaryLosses = Callable[[int], Iterator[Tensor]]
 
 
 def ppo_update(
@@ -37,6 +38,9 @@ def ppo_update(
     kl_divergence: KLDivergence | None = None,
     micro_batch: MicroBatch | None = None,
     after_epoch: Callable[[], None] | None = None,
+    reference_kl_coef: float = 0.0,
+    reference_kl_estimator: Literal["k2", "k3"] = "k2",
+    auxiliary_losses: AuxiliaryLosses | None = None,
 ) -> dict[str, float]:
     """Improves the policy on one rollout: exactly num_epochs × num_minibatches optimizer steps, unless one is skipped
     for a gradient that is not finite, or the target-KL stop ends the update (Schulman et al., 2017, algorithm 1).
@@ -45,6 +49,9 @@ def ppo_update(
     generator: shuffles the rows, on the CPU. kl_penalty_coef, kl_divergence: PPO-Penalty's β and exact KL(old‖new).
     micro_batch: the one to keep between updates, which shrinks where memory runs out.
     after_epoch: called after the last step of each epoch, by all processes, to look at the policy.
+    reference_kl_coef, reference_kl_estimator: β of the KL to the reference where it is a part of the loss.
+    auxiliary_losses: called with the number of each optimizer step, for losses whose gradients join it; each is a sum
+    over this process's share divided by the count across processes ÷ processes.
 
     A minibatch's loss is its sum over micro-batches and processes divided by the decisions in all of them, so how it is
     split changes memory and speed and nothing else. → the statistics of `ppo_loss` averaged over the steps, `grad_norm`
@@ -67,7 +74,11 @@ def ppo_update(
     micro_batch = micro_batch or MicroBatch(settings.micro_batch_size, accelerator, setting="ppo.micro_batch_size")
     compiled = alone and settings.compile
     gradient_of = _compiled_gradient if compiled else _gradient
-    loss_settings = _loss_settings(settings, kl_penalty_coef, kl_divergence, experience.mask.device)
+    loss_settings = {
+        **_loss_settings(settings, kl_penalty_coef, reference_kl_coef, experience.mask.device),
+        "kl_divergence": kl_divergence,
+        "reference_kl_estimator": reference_kl_estimator,
+    }
     history: list[Tensor] = []
     names: list[str] = []
     first_kl = torch.zeros(())
@@ -77,6 +88,8 @@ def ppo_update(
                 gradient_of, policy, minibatch, loss_settings, count, None if alone else accelerator
             )
             statistics = micro_batch.fitting(gradient, size, undo=raw.zero_grad)
+            if auxiliary_losses is not None:
+                statistics |= _auxiliary_gradient(policy, auxiliary_losses(len(history)), accelerator)
             average_gradients(parameters, accelerator)
             names = list(statistics)
             means = mean_across(torch.stack(list(statistics.values())))
@@ -153,15 +166,18 @@ def _minibatches(
 
 
 def _loss_settings(
-    settings: PPOSettings, kl_penalty_coef: float, kl_divergence: KLDivergence | None, device: torch.device
+    settings: PPOSettings, kl_penalty_coef: float, reference_kl_coef: float, device: torch.device
 ) -> dict[str, Any]:
     """The keyword arguments of `ppo_loss` that stay the same in an update."""
-    changing: dict[str, Tensor | float | None] = {"clip_range": settings.clip_range, "kl_penalty_coef": kl_penalty_coef}
+    changing: dict[str, Tensor | float | None] = {
+        "clip_range": settings.clip_range,
+        "kl_penalty_coef": kl_penalty_coef,
+        "reference_kl_coef": reference_kl_coef,
+    }
     if settings.compile:  # a number that differs from update to update would be compiled in, anew each time
         changing = {name: torch.tensor(x, device=device) if x else x for name, x in changing.items()}
     return {
         **changing,
-        "kl_divergence": kl_divergence,
         "dual_clip": settings.dual_clip,
         "value_clip_range": settings.value_clip_range,
         "value_coef": settings.value_coef,
@@ -211,6 +227,16 @@ def _evaluations(
     yield decisions._replace(values=piece.values), [name for name in STATISTICS if name != "loss/value"]
     values = policy(**piece.inputs, only="values").values
     yield Evaluation(piece.logprobs, decisions.entropy.detach(), values), ["loss/value"]
+
+
+def _auxiliary_gradient(policy: nn.Module, losses: Iterator[Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
+    """Adds the losses' gradients to the parameters', in this process alone; → their sum."""
+    total: Tensor | float = 0.0
+    for loss in losses:
+        with local_gradients(policy, accelerator, last=True):
+            accelerator.backward(loss)
+        total = total + loss.detach()
+    return {"loss/auxiliary": torch.as_tensor(total)}
 
 
 def _compiled_gradient(

@@ -4,7 +4,7 @@ One convention holds everywhere: B rows × T decisions, and `mask` is True where
 `types`, `advantages`, `kl`, `losses` in this order.
 """
 
-from ppo_rlhf.core.advantages import discounted_returns, gae
+from ppo_rlhf.core.advantages import discounted_returns, gae, group_normalized, leave_one_out
 from ppo_rlhf.core.kl import (
     adapt_kl_coef_ppo_penalty,
     adapt_kl_coef_proportional,
@@ -13,7 +13,7 @@ from ppo_rlhf.core.kl import (
     kl_shaped_rewards,
 )
 from ppo_rlhf.core.logits import entropy_of, head_logprobs, logprobs_of, top_k_filter, top_p_filter
-from ppo_rlhf.core.losses import bradley_terry_loss, clipped_policy_loss, ppo_loss, value_loss
+from ppo_rlhf.core.losses import bradley_terry_loss, clipped_policy_loss, ppo_loss, reference_kl_loss, value_loss
 from ppo_rlhf.core.masked import (
     explained_variance,
     identity,
@@ -39,15 +39,18 @@ __all__ = [
     "exact_kl",
     "explained_variance",
     "gae",
+    "group_normalized",
     "head_logprobs",
     "identity",
     "kl_shaped_rewards",
+    "leave_one_out",
     "logprobs_of",
     "masked_mean",
     "masked_moments",
     "masked_sum",
     "merged_moments",
     "ppo_loss",
+    "reference_kl_loss",
     "top_k_filter",
     "top_p_filter",
     "unit_variance",

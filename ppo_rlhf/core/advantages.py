@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ppo_rlhf.core.masked import EPSILON
+
 
 def gae(
     rewards: Tensor, values: Tensor, terminated: Tensor, ended: Tensor, *, gamma: float, lam: float
@@ -39,3 +41,32 @@ def discounted_returns(rewards: Tensor, ended: Tensor, *, gamma: float) -> Tenso
         following = rewards[:, t] + gamma * torch.where(ended[:, t], 0, following)
         returns[:, t] = following
     return returns
+
+
+def leave_one_out(returns: Tensor, *, group_size: int) -> Tensor:
+    """A_i = R_i − mean of the other returns in i's group (RLOO: Kool et al., 2019; Ahmadian et al., 2024, eq. 5).
+
+    returns (B,), of responses to one prompt each group_size in a row → (B,). The baseline does not depend on response
+    i, so the policy gradient stays unbiased, and no value function is needed. Raises ValueError for groups of one.
+    """
+    groups = _grouped(returns, group_size)
+    others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
+    return (groups - others).flatten()
+
+
+def group_normalized(returns: Tensor, *, group_size: int) -> Tensor:
+    """A_i = (R_i − mean) / √(variance + 1e-8) of i's group (GRPO: Shao et al., 2024, section 4.1.2), variance biased.
+
+    returns (B,), of responses to one prompt each group_size in a row → (B,); 0 where a group's returns are all equal.
+    Raises ValueError for groups of one.
+    """
+    groups = _grouped(returns, group_size)
+    deviations = groups - groups.mean(1, keepdim=True)
+    variance = deviations.square().mean(1, keepdim=True)
+    return (deviations * torch.rsqrt(variance + EPSILON)).flatten()
+
+
+def _grouped(returns: Tensor, group_size: int) -> Tensor:
+    if group_size < 2 or len(returns) % group_size:
+        raise ValueError(f"{len(returns)} returns do not fall into groups of {group_size}, of two at least.")
+    return returns.reshape(-1, group_size)

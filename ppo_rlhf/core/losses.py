@@ -7,7 +7,7 @@ batch changes memory and speed and nothing else. Without it, it is the number of
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -78,15 +78,19 @@ def ppo_loss(
     entropy_coef: float = 0.0,
     kl_penalty_coef: float = 0.0,
     kl_divergence: Callable[[Any, Any], Tensor] | None = None,
+    reference_kl_coef: float = 0.0,
+    reference_kl_estimator: Literal["k2", "k3"] = "k2",
     count: Count = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss that one PPO step descends (Schulman et al., 2017, eq. 9, with eq. 8's penalty) and its statistics.
 
         L = L_policy + value_coef · L_value − entropy_coef · H + kl_penalty_coef · KL(old‖new)
+            + reference_kl_coef · KL(new‖reference)
 
     evaluation: of the present policy; experience: of the old one. The KL penalty joins the clipped objective, or takes
     its place with clip_range=None. kl_divergence: (old, new distribution parameters) → (B, T) exact KL; without it the
-    k3 estimate, whose value and gradient are both unbiased here because the decisions were sampled from *old*.
+    k3 estimate, whose value and gradient are both unbiased here because the decisions were sampled from *old*. The KL
+    to the reference is `reference_kl_loss`, and `loss/reference_kl` among the statistics where it takes part.
 
     → (scalar loss, statistics by metric name, detached, divided by `count` like the loss so that they add up over
     micro-batches). `policy/approx_kl` is the k3 estimate of KL(old‖new), in nats per decision.
@@ -101,7 +105,17 @@ def ppo_loss(
     )
     if torch.is_tensor(kl_penalty_coef) or kl_penalty_coef:
         loss = loss + kl_penalty_coef * kl_old_new(evaluation, experience, kl_divergence=kl_divergence, count=count)
-    return loss, dict(zip(STATISTICS, means.unbind(), strict=True))
+    statistics = dict(zip(STATISTICS, means.unbind(), strict=True))
+    if torch.is_tensor(reference_kl_coef) or reference_kl_coef:
+        assert experience.ref_logprobs is not None
+        kl = reference_kl_loss(
+            *(evaluation.logprobs, experience.logprobs, experience.ref_logprobs, mask),
+            estimator=reference_kl_estimator,
+            count=count,
+        )
+        loss = loss + reference_kl_coef * kl
+        statistics["loss/reference_kl"] = kl.detach()
+    return loss, statistics
 
 
 class _LossWithGradient(torch.autograd.Function):
@@ -203,6 +217,30 @@ def kl_old_new(
         return masked_mean(kl_divergence(old, evaluation.distribution), mask, count=count)
     old, new = (torch.where(mask, x, 0) for x in (experience.logprobs, evaluation.logprobs))
     return masked_mean(approx_kl(old, new, "k3"), mask, count=count)
+
+
+def reference_kl_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    estimator: Literal["k2", "k3"],
+    count: Count = None,
+) -> Tensor:
+    """KL(π‖π_ref) as a loss, a mean over the decisions, which were sampled from π_old. All (B, T) → scalar.
+
+        k2:  ½ (log π − log π_ref)²                             its gradient is KL's as long as π is π_old
+        k3:  ρ · (π_ref/π − 1 − log π_ref/π),  ρ = π/π_old       value and gradient are KL's wherever π has moved to
+
+    k3 without ρ is not offered: its gradient is that of KL(π_ref‖π) (Liu et al., 2025, "Rethinking KL regularization").
+    Unlike a penalty in the reward, a token is not charged for what its choice makes later tokens cost.
+    """
+    logprobs, old_logprobs, ref_logprobs = (torch.where(mask, x, 0) for x in (logprobs, old_logprobs, ref_logprobs))
+    kl = approx_kl(logprobs, ref_logprobs, estimator)
+    if estimator == "k3":
+        kl = _ratio(logprobs - old_logprobs) * kl
+    return masked_mean(kl, mask, count=count)
 
 
 def _where_decided(mask: Tensor, old: Any, new: Any) -> Any:

@@ -44,6 +44,7 @@ class Experience:
     returns: Tensor  # (B, T) regression target of the value function
     mask: Tensor  # (B, T) bool
     distribution: Any = None  # the old distribution's parameters: a tensor or a tuple of tensors, each (B, T, …)
+    ref_logprobs: Tensor | None = None  # (B, T) under the reference, for a KL penalty in the loss
 
     def __post_init__(self) -> None:
         shape = self.mask.shape
@@ -52,6 +53,8 @@ class Experience:
         for name in ("logprobs", "values", "advantages", "returns"):
             if getattr(self, name).shape != shape:
                 raise ValueError(f"{name} has shape {tuple(getattr(self, name).shape)}, the mask {tuple(shape)}.")
+        if self.ref_logprobs is not None and self.ref_logprobs.shape != shape:
+            raise ValueError(f"ref_logprobs has shape {tuple(self.ref_logprobs.shape)}, the mask {tuple(shape)}.")
         for name, tensor in self.inputs.items():
             if len(tensor) != shape[0]:
                 raise ValueError(f"inputs[{name!r}] has {len(tensor)} rows, the mask {shape[0]}.")
@@ -102,4 +105,5 @@ class Experience:
             returns=function(self.returns),
             mask=function(self.mask),
             distribution=distribution,
+            ref_logprobs=None if self.ref_logprobs is None else function(self.ref_logprobs),
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from ppo_rlhf.config import PPOConfig
-from ppo_rlhf.data import stream
 from ppo_rlhf.run import make_accelerator
 from ppo_rlhf.sampling import sample
 from ppo_rlhf.seeding import uniform_rows
@@ -22,10 +21,9 @@ def dry_run(config: PPOConfig) -> list[dict[str, Any]]:
     """
     accelerator = make_accelerator(None, precision=config.precision, log_with=())
     parts = load_parts(config, accelerator, *[None] * 6)
-    count = min(NUM_SAMPLES, len(parts.prompts))
-    rows = stream(len(parts.prompts), 0, count, config.seed).tolist()
+    rows = [row for step in range(NUM_SAMPLES) for row in parts.rows_of(step, config)][:NUM_SAMPLES]
     prompts = parts.prompts.batch(rows, accelerator.device)
-    noise = uniform_rows(list(range(count)), config.sampling.max_new_tokens, config.seed, "sample", 0)
+    noise = uniform_rows(list(range(NUM_SAMPLES)), config.sampling.max_new_tokens, config.seed, "sample", 0)
     with accelerator.autocast():
         responses = sample(parts.model.language_model, parts.tokenizer, prompts, config.sampling, noise)
     columns = parts.prompts.columns_of(rows)
@@ -41,5 +39,5 @@ def dry_run(config: PPOConfig) -> list[dict[str, Any]]:
             **{name: float(scores.total[row]) for name, scores in found.items()},
             "parts": found["score"].parts_of(row),
         }
-        for row in range(count)
+        for row in range(NUM_SAMPLES)
     ]

@@ -22,20 +22,24 @@ from ppo_rlhf.core import (
     Experience,
     adapt_kl_coef_proportional,
     approx_kl,
+    group_normalized,
+    leave_one_out,
     unit_variance,
     whiten,
 )
 from ppo_rlhf.micro_batches import MicroBatch
 from ppo_rlhf.models import save_value_head
 from ppo_rlhf.optimizer import learning_rate, make_optimizer, set_learning_rate
+from ppo_rlhf.prompts import PromptBatch
 from ppo_rlhf.rewards import RewardFunction, Scores, reference_moments, with_batch
 from ppo_rlhf.rollout import Rollout, evaluate
 from ppo_rlhf.run import LoopState, Run, begin, share_of, whole_weights
-from ppo_rlhf.sampling import sample, warn_of_truncation
+from ppo_rlhf.sampling import Responses, sample, warn_of_truncation
 from ppo_rlhf.seeding import keyed_generator, uniform_rows
 from ppo_rlhf.train import Callback
+from ppo_rlhf.train.averaging import averaged, moving_average
 from ppo_rlhf.train.bad_samples import bad_samples
-from ppo_rlhf.train.ppo_batch import Batch, Scoring, prompts_of, restored_batch, scoring_thread, tensors_of
+from ppo_rlhf.train.ppo_batch import Batch, Scoring, prompts_of, restored_batch, scoring_thread, with_batch_ahead
 from ppo_rlhf.train.ppo_credit import response_gae, token_rewards
 from ppo_rlhf.train.ppo_evaluation import evaluate_held_out, summary_of
 from ppo_rlhf.train.ppo_parts import Parts, load_parts
@@ -47,7 +51,8 @@ from ppo_rlhf.train.ppo_records import (
     sample_rows,
     throughput_metrics,
 )
-from ppo_rlhf.update import ppo_update
+from ppo_rlhf.train.pretraining import pretraining_of
+from ppo_rlhf.update import AuxiliaryLosses, ppo_update
 
 
 def train(
@@ -76,15 +81,17 @@ def train(
     compute = set_up_products(start.matmul_precision, accelerator.device, multiplied_type(accelerator))
     parts = load_parts(config, accelerator, policy, tokenizer, reference, reward, gold, prompts)
     # Before the folder is made: a reward function that fails leaves nothing behind.
-    before = None if config.resume else evaluate_held_out(parts, config, accelerator, kl_coef=config.kl_coef)
+    start_state = LoopState(kl_coef=config.kl_coef)
+    before = None if config.resume else evaluate_held_out(parts, config, accelerator, start_state)
     model, optimizer = accelerator.prepare(parts.model, make_optimizer(parts.model, config.optimizer))
     with start.run(num_steps=config.num_steps) as run, scoring_thread() as worker:
         state = run.resume()
         if state is None:
-            before = before or evaluate_held_out(parts, config, accelerator, kl_coef=config.kl_coef)
-            state = LoopState(kl_coef=config.kl_coef, before=before.metrics)
+            before = before or evaluate_held_out(parts, config, accelerator, start_state)
+            state = replace(start_state, before=before.metrics)
             if config.score_shaping.normalize == "reference":
                 state = replace(state, score_moments=reference_moments(before.metrics, len(before.rows)))
+            state = with_average(state, model, parts, config)
             run.log(0, before.metrics)
             run.log_held_out(0, before.rows)
         for line in (compute.message, *parts.prompts.told()):
@@ -102,14 +109,16 @@ def train(
             run.log_samples(samples)
             run.log_bad_samples(bad)
             kl_coef = next_kl_coef(state.kl_coef, metrics["objective/kl"], config)
-            state = replace(state, step=state.step + 1, kl_coef=kl_coef, tensors=tensors_of(ahead))
+            tensors = with_batch_ahead(state.tensors, ahead)
+            state = replace(state, step=state.step + 1, kl_coef=kl_coef, tensors=tensors)
+            state = with_average(state, model, parts, config)
             state = evaluate_and_save(run, state, metrics, parts, config)
             for callback in callbacks:
                 callback(state.step, metrics)
             run.stop_if_asked(state)
 
         summary = summary_of(state.before, state.after)
-        with whole_weights(model):
+        with whole_weights(model), averaged(parts.model.language_model, state.tensors):
             run.save_model("policy", lambda path: parts.save_policy(path, config, summary))
             if parts.model.value_head is not None:
                 head = parts.model.value_head
@@ -142,13 +151,33 @@ def collect(
             scoring.add(range(len(prompts)), responses)
         clock.lap("sample")
 
-        def evaluated(batch_size: int) -> Rollout:
-            temperature = config.sampling.temperature
-            return evaluate(model, parts.reference, prompts, responses, temperature=temperature, batch_size=batch_size)
-
-        rollout = parts.micro_batch.fitting(evaluated, len(prompts))
+        rollout = evaluate_fitting(model, parts.reference, prompts, responses, parts.micro_batch, config)
         clock.lap("evaluate")
     return Batch(prompts, responses, rollout, scoring.scores, clock)
+
+
+def evaluate_fitting(
+    model: nn.Module,
+    reference: PreTrainedModel,
+    prompts: PromptBatch,
+    responses: Responses,
+    micro_batch: MicroBatch,
+    config: PPOConfig,
+) -> Rollout:
+    """Evaluates as many responses at once as fit in memory."""
+
+    def evaluated(batch_size: int) -> Rollout:
+        return evaluate(
+            model,
+            reference,
+            prompts,
+            responses,
+            temperature=config.sampling.temperature,
+            batch_size=batch_size,
+            bootstrap=config.missing_eos.rule == "bootstrap",
+        )
+
+    return micro_batch.fitting(evaluated, len(prompts))
 
 
 def learn(
@@ -180,12 +209,15 @@ def learn(
         parts.micro_batch,
         config,
         accelerator,
+        auxiliary_losses=pretraining_of(model, parts.texts, state.step, config, accelerator),
         after_epoch=lambda: after_epochs.append(recorded_logprobs(model, rollout)),
     )
     clock.lap("update")
 
     step = state.step + 1
-    metrics = rollout_metrics(rollout, experience, scores, gold, rewards, responses, accelerator)
+    metrics = rollout_metrics(rollout, experience, scores, gold, rewards, responses, config, accelerator)
+    if parts.texts:
+        statistics["loss/pretraining"] = statistics.pop("loss/auxiliary") / config.pretraining.coef
     metrics |= statistics | clock.metrics(metrics["response/length"] * config.batch_size)
     metrics |= throughput_metrics(rollout, metrics, parts.model, parts.reference, config, compute)
     metrics["memory/peak_gib"] = peak_memory_gib(accelerator.device)
@@ -211,6 +243,7 @@ def improve(
     config: PPOConfig,
     accelerator: Accelerator,
     *,
+    auxiliary_losses: AuxiliaryLosses | None = None,
     after_epoch: Callable[[], None] | None = None,
 ) -> tuple[LoopState, Tensor, Experience, dict[str, float]]:
     """Improves the policy on a scored rollout; → the state with what was learnt of the scores, the rewards (B, T), what
@@ -222,7 +255,7 @@ def improve(
         state = replace(state, score_moments=moments)
     mask, moments = rollout.mask, state.score_moments
     rewards = token_rewards(scores, kl, mask, finished, config, moments=moments, kl_coef=state.kl_coef)
-    experience = experience_of(rollout, rewards, config, accelerator)
+    experience = experience_of(rollout, rewards, finished, config, accelerator)
     statistics = ppo_update(
         model,
         optimizer,
@@ -231,25 +264,53 @@ def improve(
         accelerator=accelerator,
         generator=keyed_generator(config.seed, "shuffle", state.step, accelerator.process_index),
         micro_batch=micro_batch,
+        reference_kl_coef=0.0 if config.kl_penalty == "reward" else state.kl_coef,
+        reference_kl_estimator="k3" if config.kl_penalty == "k3" else "k2",
+        auxiliary_losses=auxiliary_losses,
         after_epoch=after_epoch,
     )
     return state, rewards, experience, statistics
 
 
-def experience_of(rollout: Rollout, rewards: Tensor, config: PPOConfig, accelerator: Accelerator) -> Experience:
-    """Rewards ► advantages and returns ► whitened advantages, over all processes."""
+def experience_of(
+    rollout: Rollout, rewards: Tensor, finished: Tensor, config: PPOConfig, accelerator: Accelerator
+) -> Experience:
+    """Rewards ► advantages and returns ► whitened advantages, over all processes.
+
+    A response is terminated at its last generated token, whether it stopped or was cut off; with the rule `bootstrap`
+    only where it stopped. Against the other responses to its prompt, all tokens of a response have one advantage.
+    """
     mask = rollout.mask
     if config.whiten_rewards:
         rewards = unit_variance(rewards, mask, sum_across=accelerator.reduce)
-    advantages, returns = response_gae(rewards, rollout.values, mask, gamma=config.gamma, lam=config.gae_lambda)
+    if config.advantage == "gae":
+        terminated = finished if config.missing_eos.rule == "bootstrap" else torch.ones_like(finished)
+        advantages, returns = response_gae(
+            rewards, rollout.values, mask, terminated, gamma=config.gamma, lam=config.gae_lambda
+        )
+        advantages = whiten(advantages, mask, sum_across=accelerator.reduce)
+    else:
+        relative = leave_one_out if config.advantage == "rloo" else group_normalized
+        advantages = relative(rewards.sum(1), group_size=config.responses_per_prompt)[:, None].expand_as(rewards)
+        returns = rollout.values[:, :-1]  # there is no value function to learn them
     return Experience(
         inputs=rollout.inputs,
         logprobs=rollout.logprobs,
         values=rollout.values[:, :-1],
-        advantages=whiten(advantages, mask, sum_across=accelerator.reduce),
+        advantages=advantages,
         returns=returns,
         mask=mask,
+        ref_logprobs=rollout.ref_logprobs,
     )
+
+
+def with_average(state: LoopState, model: nn.Module, parts: Parts, config: PPOConfig) -> LoopState:
+    """The state with the moving average of the policy's weights, where one is wanted."""
+    if config.ema_decay is None:
+        return state
+    with whole_weights(model):
+        average = moving_average(state.tensors, parts.model.language_model, config.ema_decay)
+    return replace(state, tensors=state.tensors | average)
 
 
 def next_kl_coef(kl_coef: float, kl: float, config: PPOConfig) -> float:
@@ -267,20 +328,13 @@ def evaluate_and_save(
     """The end of a step: evaluation where one is due, the best policy kept, metrics logged, a checkpoint where due."""
     last = state.step == config.num_steps
     if last or (config.eval_every and state.step % config.eval_every == 0):
-        outcome = evaluate_held_out(
-            parts,
-            config,
-            run.accelerator,
-            kl_coef=state.kl_coef,
-            moments=state.score_moments,
-            must_be_finite=False,
-        )
+        outcome = evaluate_held_out(parts, config, run.accelerator, state, must_be_finite=False)
         metrics |= outcome.metrics
         run.log_held_out(state.step, outcome.rows)
         state = replace(state, after=outcome.metrics)
         if outcome.quality > state.best:
             state = replace(state, best=outcome.quality)
-            with whole_weights(parts.model):
+            with whole_weights(parts.model), averaged(parts.model.language_model, state.tensors):
                 run.save_model("best", lambda path: parts.save_policy(path, config, outcome.metrics))
     run.log(state.step, metrics)
     if last or (config.save_every and state.step % config.save_every == 0):

@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ppo_rlhf.config import PPOConfig
-from ppo_rlhf.data import stream
 from ppo_rlhf.prompts import PromptBatch
 from ppo_rlhf.rewards import Scores
 from ppo_rlhf.rollout import Rollout, inputs_of
@@ -23,6 +22,7 @@ from ppo_rlhf.train.ppo_parts import Parts
 from ppo_rlhf.train.ppo_records import Clock
 from ppo_rlhf.train.scoring import scores_of
 
+PLACE = "ahead/"  # of a batch among a loop's tensors
 EVALUATED = ("logprobs", "ref_logprobs", "values", "entropy")  # fields of a rollout
 ScoredLater = Callable[[], list[Scores]]  # waits for the scores by the reward, and by the gold one where there is one
 
@@ -40,9 +40,8 @@ class Batch:
 
 def prompts_of(step: int, parts: Parts, config: PPOConfig, accelerator: Accelerator) -> PromptBatch:
     """This process's prompts of a step, a function of the step alone."""
-    start, stop = step * config.batch_size, (step + 1) * config.batch_size
-    rows = stream(len(parts.prompts), start, stop, config.seed)[share_of(config.batch_size, accelerator)]
-    return parts.prompts.batch(rows.tolist(), accelerator.device)
+    rows = parts.rows_of(step, config)[share_of(config.batch_size, accelerator)]
+    return parts.prompts.batch(rows, accelerator.device)
 
 
 # ---------------------------------------------------------------------------------------------------------- scoring
@@ -130,7 +129,7 @@ def tensors_of(batch: Batch | None) -> dict[str, Tensor]:
             own[f"dense/{number}"] = scores.dense
     pieces = gathered([{name: tensor.cpu() for name, tensor in own.items()}])
     widest = max(piece["ids"].shape[1] for piece in pieces)
-    return {name: torch.cat([_widened(piece, name, widest) for piece in pieces]) for name in own}
+    return {PLACE + name: torch.cat([_widened(piece, name, widest) for piece in pieces]) for name in own}
 
 
 def _widened(piece: dict[str, Tensor], name: str, widest: int) -> Tensor:
@@ -138,10 +137,16 @@ def _widened(piece: dict[str, Tensor], name: str, widest: int) -> Tensor:
     return F.pad(piece[name], (0, missing)) if piece[name].dim() == 2 else piece[name]
 
 
+def with_batch_ahead(tensors: dict[str, Tensor], batch: Batch | None) -> dict[str, Tensor]:
+    """A loop's tensors, with those of the batch that was sampled ahead, if there is one, in the place of the last."""
+    return {name: x for name, x in tensors.items() if not name.startswith(PLACE)} | tensors_of(batch)
+
+
 def restored_batch(
     tensors: dict[str, Tensor], step: int, parts: Parts, config: PPOConfig, accelerator: Accelerator
 ) -> Batch | None:
     """This process's share of the batch that `tensors_of` saved before this step; None where it saved none."""
+    tensors = {name.removeprefix(PLACE): x for name, x in tensors.items() if name.startswith(PLACE)}
     if not tensors:
         return None
     own = {name: x[share_of(config.batch_size, accelerator)].to(accelerator.device) for name, x in tensors.items()}

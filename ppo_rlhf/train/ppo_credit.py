@@ -25,24 +25,32 @@ def token_rewards(
     log_ratio, mask (B, T), finished (B,): not cut off; moments: by which scores are normalised → (B, T).
     """
     paid = shaped(scores, mask.sum(1), config.score_shaping, moments)
-    total = missing_eos_rule(paid.total, finished, config.missing_eos)
+    total = missing_eos_rule(paid.total, finished, config.missing_eos, paid.dense)
+    kl_coef = kl_coef if config.kl_penalty == "reward" else 0.0
     return kl_shaped_rewards(total, log_ratio, mask, kl_coef=kl_coef, dense=paid.dense)
 
 
-def missing_eos_rule(scores: Tensor, finished: Tensor, rule: MissingEOS) -> Tensor:
-    """The scores as paid: those of responses that were cut off are set to a value, or lowered by it. All (B,)."""
+def missing_eos_rule(scores: Tensor, finished: Tensor, rule: MissingEOS, dense: Tensor | None = None) -> Tensor:
+    """The scores as paid: those of responses that were cut off are set to a value, lowered by it, or not paid. (B,).
+
+    dense (B, T): what was paid before the end, which a score that is not paid leaves as it is.
+    """
     if rule.rule == "set":
         return torch.where(finished, scores, rule.value)
     if rule.rule == "subtract":
         return torch.where(finished, scores, scores - rule.value)
+    if rule.rule == "bootstrap":
+        return torch.where(finished, scores, 0.0 if dense is None else dense.sum(1))
     return scores
 
 
-def response_gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Advantages and returns of responses, each terminated at its last generated token, stopped or cut off.
+def response_gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, terminated: Tensor, *, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of responses, each ended at its last generated token.
 
-    rewards, mask (B, T), values (B, T+1) → (B, T) each.
+    rewards, mask (B, T), values (B, T+1), terminated (B,): nothing follows; elsewhere values say what would → (B, T).
     """
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = positions == torch.where(mask, positions, -1).max(dim=1, keepdim=True).values
-    return gae(rewards, values, last, last, gamma=gamma, lam=lam)
+    return gae(rewards, values, last & terminated[:, None], last, gamma=gamma, lam=lam)

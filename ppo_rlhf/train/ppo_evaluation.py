@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from ppo_rlhf.config import PPOConfig
 from ppo_rlhf.models import evaluating
 from ppo_rlhf.policy import Inputs, response_logprobs
-from ppo_rlhf.rewards import RewardFunction, ScoreMoments, Scores, shaped
+from ppo_rlhf.rewards import RewardFunction, Scores, shaped
 from ppo_rlhf.rollout import inputs_of
-from ppo_rlhf.run import SAMPLES_KEPT, gathered, share_of, whole_weights
+from ppo_rlhf.run import SAMPLES_KEPT, LoopState, gathered, share_of, whole_weights
 from ppo_rlhf.sampling import sample
 from ppo_rlhf.seeding import uniform_rows
+from ppo_rlhf.train.averaging import averaged
 from ppo_rlhf.train.ppo_credit import response_gae, token_rewards
 from ppo_rlhf.train.ppo_parts import Parts
 from ppo_rlhf.train.ppo_records import token_numbers
@@ -41,24 +42,24 @@ def evaluate_held_out(
     parts: Parts,
     config: PPOConfig,
     accelerator: Accelerator,
+    state: LoopState,
     *,
-    kl_coef: float,
-    moments: ScoreMoments = (0.0, 1.0, 0.0),
     must_be_finite: bool = True,
 ) -> Outcome:
     """Samples a response to every held-out prompt, at the run's temperature, and measures what the run is about.
 
     Scores are raw: before they are shaped, the rule for a missing eos and the KL penalty. KL is per response, in nats.
-    moments: by which they are normalised for the quality. kl_coef: β of the rewards that the first few responses are
-    shown with, token by token. must_be_finite: a score that is not raises UserError, as it should before a run and not
-    in its tenth hour.
+    state: whose average weights are evaluated, where it has some, by whose moments scores are normalised for the
+    quality, and with whose β the first few responses are shown, token by token. must_be_finite: a score that is not
+    raises UserError, as it should before a run and not in its tenth hour.
     """
     numbers = range(len(parts.eval_prompts))[share_of(len(parts.eval_prompts), accelerator)]
     rows: list[dict[str, Any]] = []
-    with accelerator.autocast(), evaluating(parts.model), whole_weights(parts.model):
+    model = parts.model.language_model
+    with accelerator.autocast(), evaluating(parts.model), whole_weights(parts.model), averaged(model, state.tensors):
         for start in range(0, len(numbers), config.sampling.batch_size):
             batch = list(numbers[start : start + config.sampling.batch_size])
-            rows += _evaluate_batch(batch, parts, config, accelerator, moments, kl_coef, must_be_finite)
+            rows += _evaluate_batch(batch, parts, config, accelerator, state, must_be_finite)
     rows = gathered(rows)
     scores = torch.tensor([row["score"] for row in rows])
     metrics = {
@@ -77,7 +78,7 @@ def evaluate_held_out(
         metrics["eval/gold_correlation"] = rank_correlation(scores, gold)
     metrics["eval/reference_norm"] = weight_norm(parts.reference)
     lengths = torch.tensor([row["length"] for row in rows])
-    paid = shaped(Scores(scores, {}), lengths, config.score_shaping, moments).total
+    paid = shaped(Scores(scores, {}), lengths, config.score_shaping, state.score_moments).total
     return Outcome(metrics, rows, quality=float(paid.double().mean()) - config.kl_coef * metrics["eval/kl"])
 
 
@@ -86,8 +87,7 @@ def _evaluate_batch(
     parts: Parts,
     config: PPOConfig,
     accelerator: Accelerator,
-    moments: ScoreMoments,
-    kl_coef: float,
+    state: LoopState,
     must_be_finite: bool,
 ) -> list[dict[str, Any]]:
     model, temperature = parts.model.language_model, config.sampling.temperature
@@ -124,20 +124,29 @@ def _evaluate_batch(
     kept = sum(number < SAMPLES_KEPT for number in numbers)  # what samples.jsonl shows, token by token
     if kept:
         rewards = token_rewards(
-            scores, log_ratio, responses.mask, responses.finished, config, moments=moments, kl_coef=kl_coef
+            scores,
+            log_ratio,
+            responses.mask,
+            responses.finished,
+            config,
+            moments=state.score_moments,
+            kl_coef=state.kl_coef,
         )
         per_token = {"logprobs": logprobs[:kept], "ref_logprobs": ref_logprobs[:kept], "rewards": rewards[:kept]}
         per_token |= _judged({name: x[:kept] for name, x in inputs.items()}, rewards[:kept], parts, config)
         for row in range(kept):
-            rows[row] |= {"kl_coef": kl_coef, **token_numbers(row, responses, per_token, parts.tokenizer)}
+            rows[row] |= {"kl_coef": state.kl_coef, **token_numbers(row, responses, per_token, parts.tokenizer)}
     return rows
 
 
 def _judged(inputs: Inputs, rewards: Tensor, parts: Parts, config: PPOConfig) -> dict[str, Tensor]:
-    """What PPO would make of each token, were it to train on it; advantages are those before whitening. (B, T) each."""
+    """What PPO would make of each token, were it to train on it; advantages are those before whitening. (B, T) each.
+
+    All responses count as terminated, those too that were cut off.
+    """
     evaluation, mask = parts.model(**inputs), inputs["response_mask"]
     values = torch.cat([evaluation.values, evaluation.values.new_zeros(len(mask), 1)], dim=1)
-    advantages, returns = response_gae(rewards, values, mask, gamma=config.gamma, lam=config.gae_lambda)
+    advantages, returns = response_gae(rewards, values, mask, mask.any(1), gamma=config.gamma, lam=config.gae_lambda)
     return {"entropy": evaluation.entropy, "values": evaluation.values, "advantages": advantages, "returns": returns}
 
 

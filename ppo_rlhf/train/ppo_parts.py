@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_rlhf.adapters import has_adapter, on_same_base, rank_of, share_weights, train_adapter
 from ppo_rlhf.config import PPOConfig
-from ppo_rlhf.data import held_out, load_rows
+from ppo_rlhf.data import Example, held_out, load_rows, stream
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.micro_batches import MicroBatch
 from ppo_rlhf.model_card import model_card
@@ -34,6 +34,7 @@ from ppo_rlhf.references import is_reference
 from ppo_rlhf.rewards import RewardFunction, RewardModel, load_reward, models_in
 from ppo_rlhf.sampling import stop_ids_of
 from ppo_rlhf.train.inputs import named, policy_with_tokenizer
+from ppo_rlhf.train.pretraining import load_texts
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,13 @@ class Parts:
     prompts: Prompts
     eval_prompts: Prompts
     micro_batch: MicroBatch  # of all passes whose memory grows with the rows
+    texts: Sequence[Example]  # of PPO-ptx
+
+    def rows_of(self, step: int, config: PPOConfig) -> list[int]:
+        """The prompts of a step's rollout, each as often as it gets responses, in a row."""
+        group = config.responses_per_prompt
+        size = config.batch_size // group
+        return stream(len(self.prompts), step * size, (step + 1) * size, config.seed).repeat_interleave(group).tolist()
 
     def save_policy(self, path: Path, config: PPOConfig, outcome: Mapping[str, float]) -> None:
         """The policy as a folder that plain transformers loads and samples from as the run did, with its card."""
@@ -78,6 +86,16 @@ def load_parts(
             f"batch_size={config.batch_size} does not divide between {accelerator.num_processes} processes × "
             f"ppo.num_minibatches={config.ppo.num_minibatches}."
         )
+    if config.batch_size % (accelerator.num_processes * config.responses_per_prompt):
+        raise UserError(
+            f"batch_size={config.batch_size} does not divide between {accelerator.num_processes} processes × "
+            f"responses_per_prompt={config.responses_per_prompt}."
+        )
+    if config.pretraining.data is not None and config.pretraining.batch_size % accelerator.num_processes:
+        raise UserError(
+            f"pretraining.batch_size={config.pretraining.batch_size} does not divide between "
+            f"{accelerator.num_processes} processes."
+        )
     policy, tokenizer = policy_with_tokenizer(config, policy, tokenizer, what="the supervised policy to start from")
     ready_policy(policy, config, accelerator)
     loaded: list[nn.Module] = []  # frozen models that nobody else holds
@@ -101,6 +119,8 @@ def load_parts(
         gold = load_reward(config.gold, setting="gold", device=accelerator.device)
         loaded += [model.classifier for model in models_in(gold)]
     longest = context_length(policy) - config.sampling.max_new_tokens
+    longest -= config.missing_eos.rule == "bootstrap"  # for the token after the last
+    texts = load_texts(config, tokenizer, longest=context_length(policy))
     train_prompts, eval_prompts = load_prompts(config, tokenizer, prompts, longest)
     if has_adapter(policy):
         for each in loaded:
@@ -119,6 +139,7 @@ def load_parts(
         prompts=train_prompts,
         eval_prompts=eval_prompts,
         micro_batch=MicroBatch(config.ppo.micro_batch_size, accelerator, setting="ppo.micro_batch_size"),
+        texts=texts,
     )
 
 
@@ -140,6 +161,7 @@ def policy_with_value(
         value_model=value_model,
         temperature=config.sampling.temperature,
         differentiable_entropy=config.ppo.entropy_coef != 0,
+        with_values=config.advantage == "gae",
     )
     source = config.value_head or config.policy
     if value_model is None and source is not None and not is_reference(source):
@@ -206,7 +228,7 @@ def load_prompts(
         )
     limits: dict[str, Any] = {"longest": min(config.max_prompt_length or longest, longest), "too_long": config.too_long}
     training = Prompts(rows, tokenizer, setting="prompts", **limits)
-    if config.batch_size > len(training):
+    if config.batch_size // config.responses_per_prompt > len(training):
         raise UserError(
             f"batch_size={config.batch_size} is larger than the {len(training)} prompts to train on; lower it."
         )

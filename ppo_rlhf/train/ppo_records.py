@@ -59,6 +59,7 @@ def rollout_metrics(
     gold: Scores | None,
     rewards: Tensor,
     responses: Responses,
+    config: PPOConfig,
     accelerator: Accelerator,
 ) -> dict[str, float]:
     """Means over the global batch: of responses for `objective/…` and `response/…`, in nats and tokens a response.
@@ -85,12 +86,12 @@ def rollout_metrics(
     ).tolist()
     scored = torch.ones_like(scores.total, dtype=torch.bool)
     _, score_variance, _ = masked_moments(scores.total.double(), scored, sum_across=accelerator.reduce)
-    explained = explained_variance(experience.values, experience.returns, mask, sum_across=accelerator.reduce)
-    return {
-        **{name: total / responses_total for name, total in zip(sums, totals, strict=True)},
-        "objective/score_std": float(score_variance.sqrt()),
-        "value/explained_variance": float(explained),
-    }
+    metrics = {name: total / responses_total for name, total in zip(sums, totals, strict=True)}
+    metrics["objective/score_std"] = float(score_variance.sqrt())
+    if config.advantage == "gae":
+        explained = explained_variance(experience.values, experience.returns, mask, sum_across=accelerator.reduce)
+        metrics["value/explained_variance"] = float(explained)
+    return metrics
 
 
 def repetition(ids: Tensor, mask: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from ppo_rlhf.core import masked_mean, masked_sum
 from ppo_rlhf.data import Example, Examples, Row, demonstrations, prompts_and_completions
 from ppo_rlhf.model_card import model_card
 from ppo_rlhf.models import context_length, evaluating, right_padded, save_policy, use_quick_kernels
-from ppo_rlhf.policy import response_logprobs
+from ppo_rlhf.policy import Inputs, response_logprobs
 from ppo_rlhf.prompts import Prompts
 from ppo_rlhf.run import SAMPLES_KEPT, begin, share_of, write_text
 from ppo_rlhf.sampling import sample
@@ -173,9 +173,17 @@ class CompletionModule(nn.Module):
 
 def completion_logprobs(module: nn.Module, examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor]:
     """log π of all tokens from the first that is learnt on, (B, T), and the mask of those that are learnt."""
+    inputs, learnt = completion_inputs(examples, device)
+    return module(**inputs), learnt
+
+
+def completion_inputs(examples: Sequence[Example], device: torch.device) -> tuple[Inputs, Tensor]:
+    """The arguments of a forward pass over examples: what comes before the first learnt token is the prompt, and the
+    rest the response; and the mask of its tokens that are learnt, (B, T).
+    """
     reversed_prompts = right_padded([each.ids[: each.start][::-1] for each in examples], device)
     prompt_ids, prompt_mask = (x.flip(1) for x in reversed_prompts)  # padding comes before a prompt
     response_ids, response_mask = right_padded([each.ids[each.start :] for each in examples], device)
     learnt, _ = right_padded([each.learnt[each.start :] for each in examples], device)
-    inputs = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask}
-    return module(**inputs, response_ids=response_ids, response_mask=response_mask), learnt.bool()
+    prompt = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask}
+    return prompt | {"response_ids": response_ids, "response_mask": response_mask}, learnt.bool()

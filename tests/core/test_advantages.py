@@ -10,7 +10,7 @@ from core_cases import POISONS, close, examples, floats, leaf, masks, rows_of, t
 from hypothesis import given
 from torch.autograd import gradcheck
 
-from ppo_rlhf.core import discounted_returns, gae, kl_shaped_rewards
+from ppo_rlhf.core import discounted_returns, gae, group_normalized, kl_shaped_rewards, leave_one_out
 
 NAN = float("nan")
 
@@ -259,3 +259,39 @@ def test_gae_keeps_the_precision_it_is_given():
             torch.ones(1, 1, dtype=dtype), torch.ones(1, 2, dtype=dtype), end, end, gamma=0.9, lam=0.9
         )
         assert advantages.dtype == returns.dtype == dtype
+
+
+# ---------------------------------------------------------------------------------------------------- groups
+
+
+def test_leave_one_out_compares_a_return_with_the_mean_of_the_others_of_its_group():
+    returns = torch.tensor([1.0, 2.0, 6.0, 10.0, 10.0, 10.0])
+    # 1 − (2 + 6)/2, 2 − (1 + 6)/2, 6 − (1 + 2)/2; and a group without a difference
+    expected = torch.tensor([-3.0, -1.5, 4.5, 0.0, 0.0, 0.0])
+    torch.testing.assert_close(leave_one_out(returns, group_size=3), expected)
+
+
+def test_group_normalized_returns_are_deviations_over_the_standard_deviation_of_the_group():
+    returns = torch.tensor([1.0, 3.0, 5.0, 5.0, -1.0, 0.0])
+    expected = torch.tensor([-1.0, 1.0, 0.0, 0.0, -1.0, 1.0])
+    torch.testing.assert_close(group_normalized(returns, group_size=2), expected)
+
+
+def test_of_four_returns_the_normalized_ones_by_hand():
+    # mean 3, biased variance (9 + 1 + 1 + 9) / 4 = 5
+    expected = torch.tensor([-3.0, -1.0, 1.0, 3.0]) / 5**0.5
+    torch.testing.assert_close(group_normalized(torch.tensor([0.0, 2.0, 4.0, 6.0]), group_size=4), expected)
+
+
+@given(tensors(6))
+@examples
+def test_a_group_of_leave_one_out_advantages_adds_up_to_nothing(returns):
+    sums = leave_one_out(returns, group_size=3).reshape(2, 3).sum(1)
+    close(sums, torch.zeros_like(sums), atol=1e-3)
+
+
+@pytest.mark.parametrize("relative", [leave_one_out, group_normalized])
+@pytest.mark.parametrize("group_size", [1, 4])
+def test_returns_that_do_not_fall_into_groups_are_refused(relative, group_size):
+    with pytest.raises(ValueError, match=f"6 returns do not fall into groups of {group_size}, of two at least"):
+        relative(torch.zeros(6), group_size=group_size)

@@ -25,10 +25,12 @@ from torch.autograd import gradcheck
 from ppo_rlhf.core import (
     Evaluation,
     Experience,
+    approx_kl,
     bradley_terry_loss,
     clipped_policy_loss,
     exact_kl,
     ppo_loss,
+    reference_kl_loss,
     value_loss,
 )
 from ppo_rlhf.core.losses import kl_old_new
@@ -490,3 +492,74 @@ def test_uneven_micro_batches_of_pairs_sum_to_the_whole(sizes):
 def test_the_loss_does_not_see_a_common_shift_of_the_scores():
     chosen, rejected = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 3.0])
     assert bradley_terry_loss(chosen + 4, rejected + 4).item() == bradley_terry_loss(chosen, rejected).item()
+
+
+# ---------------------------------------------------------------------------------------------------- KL in the loss
+
+
+def expected_gradient(estimator, logits, old_logits, ref_logits):
+    """∇ of the loss's expectation over decisions of the old policy, all of a small vocabulary enumerated."""
+    logits = logits.clone().requires_grad_()
+    logprobs, old, ref = logits.log_softmax(0), old_logits.log_softmax(0), ref_logits.log_softmax(0)
+    decided = torch.ones(1, 1, dtype=torch.bool)
+    total = torch.zeros((), dtype=logits.dtype)
+    for a, probability in enumerate(old.exp()):
+        one = (x[a].reshape(1, 1) for x in (logprobs, old, ref))
+        total = total + probability * reference_kl_loss(*one, decided, estimator=estimator)
+    return float(total.detach()), torch.autograd.grad(total, logits)[0]
+
+
+def exact_gradient(logits, ref_logits):
+    logits = logits.clone().requires_grad_()
+    kl = exact_kl(logits, ref_logits)
+    return float(kl.detach()), torch.autograd.grad(kl, logits)[0]
+
+
+VOCABULARY_LOGITS = torch.randn(3, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_the_gradient_of_kl_in_the_loss_is_the_exact_kls_where_the_policy_sampled(estimator):
+    logits, _, ref_logits = VOCABULARY_LOGITS
+    _, gradient = expected_gradient(estimator, logits, logits, ref_logits)
+    torch.testing.assert_close(gradient, exact_gradient(logits, ref_logits)[1], rtol=1e-10, atol=1e-12)
+
+
+def test_weighted_k3_is_the_exact_kl_and_has_its_gradient_wherever_the_policy_has_moved_to():
+    logits, old_logits, ref_logits = VOCABULARY_LOGITS
+    value, gradient = expected_gradient("k3", logits, old_logits, ref_logits)
+    exact, expected = exact_gradient(logits, ref_logits)
+    assert value == pytest.approx(exact, rel=1e-12)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_plain_k3_would_have_the_gradient_of_the_other_kl():
+    logits, _, ref_logits = VOCABULARY_LOGITS
+    moving = logits.clone().requires_grad_()
+    plain = (logits.softmax(0) * approx_kl(moving.log_softmax(0), ref_logits.log_softmax(0), "k3")).sum()
+    other = exact_kl(ref_logits, moving)
+    torch.testing.assert_close(*(torch.autograd.grad(each, moving)[0] for each in (plain, other)))
+
+
+def test_kl_in_the_loss_is_added_with_its_coefficient_and_told():
+    mask = torch.tensor([[True, True, False]])
+    nan = math.nan
+    evaluation = Evaluation(
+        torch.tensor([[-1.0, -2.0, nan]], requires_grad=True), torch.zeros(1, 3), torch.zeros(1, 3, requires_grad=True)
+    )
+    experience = Experience(
+        inputs={},
+        logprobs=torch.tensor([[-1.0, -2.0, nan]]),
+        values=torch.zeros(1, 3),
+        advantages=torch.zeros(1, 3),
+        returns=torch.zeros(1, 3),
+        mask=mask,
+        ref_logprobs=torch.tensor([[-3.0, -1.0, nan]]),
+    )
+    loss, statistics = ppo_loss(evaluation, experience, reference_kl_coef=0.1)
+    # ½·2² and ½·1², their mean 1.25
+    assert float(loss) == pytest.approx(0.125)
+    assert float(statistics["loss/reference_kl"]) == pytest.approx(1.25)
+    (gradient,) = torch.autograd.grad(loss, evaluation.logprobs)
+    torch.testing.assert_close(gradient, torch.tensor([[0.1, -0.05, 0.0]]))
+    assert "loss/reference_kl" not in ppo_loss(evaluation, experience)[1]

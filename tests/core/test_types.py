@@ -146,3 +146,13 @@ def test_a_distribution_of_several_tensors_travels_with_its_rows():
     assert torch.equal(taken[0], mean[1:3])
     assert torch.equal(taken[1], std[1:3])
     assert [tuple(each.shape) for each in experience.by_step().distribution] == [(12, 1, 2), (12, 1)]
+
+
+def test_the_references_logprobs_travel_with_their_rows_and_have_the_shape_of_the_mask():
+    ref_logprobs = torch.arange(12.0).reshape(4, 3)
+    experience = dataclasses.replace(experience_of(4, 3), ref_logprobs=ref_logprobs)
+    assert torch.equal(experience[torch.tensor([2, 1])].ref_logprobs, ref_logprobs[[2, 1]])
+    assert torch.equal(experience.by_step().ref_logprobs, ref_logprobs.reshape(12, 1))
+    assert experience_of(4, 3)[1:3].ref_logprobs is None
+    with pytest.raises(ValueError, match=r"ref_logprobs has shape \(4, 2\), the mask \(4, 3\)"):
+        dataclasses.replace(experience, ref_logprobs=ref_logprobs[:, :2])

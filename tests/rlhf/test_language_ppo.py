@@ -212,7 +212,9 @@ def rollout_with(values, mask=MASK):
 def test_advantages_and_returns_by_hand_for_stopped_full_length_and_cut_off_responses(accelerator):
     values = torch.tensor([[0.5, 1.0, 7.0], [0.0, 0.0, 0.0], [1.0, 0.5, 0.25], [0.25, torch.nan, torch.nan]])
     rewards = torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, 3.0], [0.0, 0.0, -1.0], [0.0, 0.0, 0.0]])
-    experience = experience_of(rollout_with(values), rewards, config_of(gamma=1.0, gae_lambda=0.5), accelerator)
+    experience = experience_of(
+        rollout_with(values), rewards, FINISHED, config_of(gamma=1.0, gae_lambda=0.5), accelerator
+    )
     # row 0: A1 = 2 − 1 = 1, A0 = 0 + 1 − 0.5 + 0.5·1 = 1; the 7 behind the end is never read
     # row 1: A2 = 3, A1 = 1.5, A0 = 0.75
     # row 2: A2 = −1 − 0.25 = −1.25, A1 = 0.25 − 0.5 − 0.625 = −0.875, A0 = 0.5 − 1 − 0.4375 = −0.9375
@@ -230,7 +232,7 @@ def test_whitened_rewards_keep_their_mean_and_count_the_mask_alone(accelerator):
     rewards = torch.tensor([[1.0, 3.0, 0.0], [1.0, 3.0, 5.0], [1.0, 1.0, 1.0], [3.0, 0.0, 0.0]])
     rewards[~MASK] = 100.0
     config = config_of(gamma=0.0, gae_lambda=0.0, whiten_rewards=True)
-    experience = experience_of(rollout_with(torch.zeros(4, 3)), rewards, config, accelerator)
+    experience = experience_of(rollout_with(torch.zeros(4, 3)), rewards, FINISHED, config, accelerator)
     kept = rewards[MASK]  # without discounting and values, returns are the rewards themselves
     expected = (kept - kept.mean()) / kept.std(correction=0) + kept.mean()
     torch.testing.assert_close(experience.returns[MASK], expected, rtol=1e-5, atol=1e-5)
@@ -238,12 +240,13 @@ def test_whitened_rewards_keep_their_mean_and_count_the_mask_alone(accelerator):
 
 def test_more_padding_changes_no_advantage(accelerator):
     values, rewards = torch.randn(4, 3), torch.randn(4, 3)
-    plain = experience_of(rollout_with(values), rewards, config_of(), accelerator)
+    plain = experience_of(rollout_with(values), rewards, FINISHED, config_of(), accelerator)
     extra = torch.full((4, 2), torch.nan)
     mask = torch.cat([MASK, torch.zeros(4, 2, dtype=torch.bool)], dim=1)
     padded = experience_of(
         rollout_with(torch.cat([values, extra], 1), mask),
         torch.cat([rewards, extra * 0 + 9], 1),
+        FINISHED,
         config_of(),
         accelerator,
     )
