@@ -212,7 +212,7 @@ def _compare(given: Namespace) -> Outcome:
 
     config = settings_in(given, CompareConfig)
     lists: dict[str, Any] = {name: tuple(given[name]) for name in ("env_ids", "algorithms", "seeds")}
-    summary = compare(replace(config, **lists), tell=lambda text: print(text, end="", file=sys.stderr, flush=True))
+    summary = compare(replace(config, **lists), tell=lambda line: print(line, file=sys.stderr, flush=True))
     return summary, [(Path(summary["output_dir"]) / "comparison.md").read_text(encoding="utf-8")]
 
 

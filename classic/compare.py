@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import time
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,8 +19,6 @@ from classic.plot import mean_and_interval, plot
 from classic.ppo import device_of, run
 from classic.presets import preset_for
 from ppo_rlhf.run import new_folder, write_config, write_text
-
-PROGRESS = "classic"  # what a run's own lines of progress begin with
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ def compare(config: CompareConfig, *, tell: Callable[[str], None] = lambda line:
     """Runs every algorithm with every seed on every environment, and writes comparison.md, .png, .svg and .csv.
 
     A run that is finished is not repeated, one that was interrupted goes on. → `output_dir`, and `results` as in
-    `Result.numbers`. tell: hears of each run, one line in two parts: what starts, and how it ended.
+    `Result.numbers`. tell: hears of each run, in one line what starts, in another how it ended.
 
     Raises UserError, before anything is written, for an environment that cannot be made, or a folder in use.
     """
@@ -64,10 +60,11 @@ def compare(config: CompareConfig, *, tell: Callable[[str], None] = lambda line:
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder, config)
     for number, (path, each) in enumerate(planned.items(), start=1):
-        tell(f"{each.env_id} {each.algorithm} seed {each.seed} ({number} of {len(planned)}): ")
+        name = f"{each.env_id} {each.algorithm} seed {each.seed}"
+        tell(f"{name} ({number} of {len(planned)})")
         started = time.monotonic()
-        _run_quietly(replace(each, output_dir=str(path), resume=True), tell)
-        tell(f"{_final_return(path):.1f} in {time.monotonic() - started:.1f} s\n")
+        run(replace(each, output_dir=str(path), resume=True), quiet=True)
+        tell(f"{name}: {_final_return(path):.1f} in {time.monotonic() - started:.1f} s")
     results = [
         Result(
             env_id,
@@ -140,18 +137,6 @@ def _row(result: Result, steps: int) -> str:
         f"| {result.algorithm} | {steps:,} | {len(result.returns)} | {numbers['mean']:.1f} | {interval} "
         f"| {numbers['median']:.1f} | {numbers['min']:.1f} to {numbers['max']:.1f} |"
     )
-
-
-def _run_quietly(config: TrainConfig, tell: Callable[[str], None]) -> None:
-    """Runs it without its lines of progress; whatever else it says is told in lines of its own."""
-    said = io.StringIO()
-    try:
-        with redirect_stderr(said):
-            run(config)
-    finally:
-        for line in said.getvalue().splitlines():
-            if not line.startswith(f"{PROGRESS} "):
-                tell(f"\n{line}\n")
 
 
 def _is(config: TrainConfig, env_id: str, algorithm: str) -> bool:

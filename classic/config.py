@@ -126,6 +126,8 @@ class TrainConfig:
     """Environment steps between evaluations; 0: only at the end."""
     eval_episodes: int = 20
     """Episodes of an evaluation, on environments of their own."""
+    pictures: int = 6
+    """Pictures of the policy for the report, spread evenly over the run, where its state can be drawn; 0: none."""
     save_every: int = 50_000
     """Environment steps between checkpoints, which take some 50 ms; 0: only at the end."""
     keep_checkpoints: int = 2
@@ -154,7 +156,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("num_steps", "num_envs", "horizon", "eval_episodes", "keep_checkpoints", "max_skips"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("eval_every", "save_every"):
+        for name in ("eval_every", "pictures", "save_every"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative.")
         for name in ("gamma", "gae_lambda"):
             require(0 <= getattr(self, name) <= 1, f"{name}={getattr(self, name)} must lie between 0 and 1.")

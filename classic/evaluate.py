@@ -83,9 +83,21 @@ def evaluate(
 
 
 @torch.no_grad()
-def play(envs: Environments, policy: Policy, *, episodes: int, seed: int, deterministic: bool = True) -> Outcome:
+def play(
+    envs: Environments,
+    policy: Policy,
+    *,
+    episodes: int,
+    seed: int,
+    deterministic: bool = True,
+    longest: int | None = None,
+    watch: Callable[[Any, Tensor, Tensor, Tensor], None] | None = None,
+) -> Outcome:
     """Runs the episodes. Environment i plays episodes i, i + N, …, however long they are, so that short ones do not
-    crowd out long ones; one that outlasts 27,000 decisions counts as over.
+    crowd out long ones; one that outlasts `longest` decisions, by default 27,000, counts as over.
+
+    watch: sees of each decision the observations (N, …), the environments' actions (N, …), the rewards (N,), and where
+    (N,) bool it belongs to an episode that counts.
     """
     device = envs.device
     noise = keyed_generator(seed, "evaluation", device=device)
@@ -95,24 +107,27 @@ def play(envs: Environments, policy: Policy, *, episodes: int, seed: int, determ
     due = (episodes - indices + envs.num_envs - 1) // envs.num_envs  # episodes still to play in each
     totals = torch.zeros(envs.num_envs, dtype=torch.float64, device=device)
     lengths = torch.zeros(envs.num_envs, device=device)
-    returns_found, lengths_found = [], []
-    while (due > 0).any():
+    ends: list[tuple[Tensor, Tensor, Tensor]] = []  # of every decision: totals, lengths, and whose episode it ends
+    playing = due > 0
+    while playing.any():
         drawn = None if deterministic else policy.distribution.noise(1, envs.num_envs, generator=noise)[0]
-        actions = policy.decide(observations, drawn, memory, mask)
-        step = envs.step(policy.distribution.to_environment(actions))
+        actions = policy.distribution.to_environment(policy.decide(observations, drawn, memory, mask))
+        step = envs.step(actions)
+        if watch is not None:
+            watch(observations, actions, step.rewards, step.decided & playing)
         observations, mask = step.observations, step.action_mask
-        totals += torch.where(step.decided, step.rewards, 0)
-        lengths += step.decided
+        totals = totals + torch.where(step.decided, step.rewards, 0)
+        lengths = lengths + step.decided
         ended = step.terminated | step.truncated
-        over = ended | (lengths >= LONGEST_EPISODE)
-        counted = over & (due > 0)
-        returns_found.append(totals[counted])
-        lengths_found.append(lengths[counted])
-        due = due - over.long()
+        over = ended | (lengths >= (longest or LONGEST_EPISODE))
+        ends.append((totals, lengths, over & playing))
         totals, lengths = torch.where(over, 0, totals), torch.where(over, 0, lengths)
+        due = due - over.long()
+        playing = due > 0
         if memory is not None:
             memory.forget(ended if step.final_observations is not None else ~step.decided)
-    return Outcome(torch.cat(returns_found).cpu(), torch.cat(lengths_found).cpu())
+    returns_found, lengths_found, counted = (torch.stack(each) for each in zip(*ends, strict=True))
+    return Outcome(returns_found[counted].cpu(), lengths_found[counted].cpu())
 
 
 def tells_masks(env_id: str, settings: EnvironmentSettings) -> bool:

@@ -22,7 +22,7 @@ from ppo_rlhf.run import read_config
 
 # Settings in which runs may differ and still be seeds of one another.
 OF_NO_WEIGHT = {"seed", "output_dir", "resume", "num_steps", "device", "log_with", "eval_every", "eval_episodes"}
-OF_NO_WEIGHT |= {"save_every", "keep_checkpoints"}
+OF_NO_WEIGHT |= {"pictures", "save_every", "keep_checkpoints"}
 # Okabe and Ito's (2008) colours, told apart with any colour vision; a line style each for prints in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 2)))

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from classic.distributions import make_distribution
+from classic.distributions import Categorical, Parameters, make_distribution
 from classic.envs.types import Environments
 from classic.networks import ImageEncoder, RecurrentCore, TwinMLP
 from classic.normalizers import ObservationNormalizer, RewardNormalizer
@@ -142,12 +142,15 @@ class Policy(nn.Module):
         self, observations: Observations, noise: Tensor | None, memory: Memory | None, action_mask: Tensor | None
     ) -> Tensor:
         """New actions (N, …) as the distribution stores them: drawn with `noise`, or without it the likeliest ones."""
-        features = self._remembered(self._features(inputs_of(observations)), memory)
-        output, last = self.networks.policy_alone(features)
-        parameters = self.distribution(output, last, action_mask)
+        parameters, last = self._distribution_at(observations, memory, action_mask)
         if noise is None:
             return self.distribution.mode(parameters)
         return self.distribution.sample(parameters, noise, last)
+
+    def probabilities(self, observations: Observations) -> Tensor:
+        """π(a|s) (N, A) of every choice a, by a policy that has a Discrete action space and no memory."""
+        assert isinstance(self.distribution, Categorical)
+        return self._distribution_at(observations, None, None)[0][0].exp()
 
     def value(self, observations: Observations, memory: Memory | None = None) -> Tensor:
         """V (N,) of observations (N, …); memory is read, and not changed."""
@@ -229,6 +232,14 @@ class Policy(nn.Module):
             return inputs["observations"]
         features: Tensor = self.encoder(inputs.get("observations", inputs))
         return features
+
+    def _distribution_at(
+        self, observations: Observations, memory: Memory | None, action_mask: Tensor | None
+    ) -> tuple[Parameters, Tensor]:
+        """The distribution's parameters, and the last layer's features; moves the memory on by one decision."""
+        features = self._remembered(self._features(inputs_of(observations)), memory)
+        output, last = self.networks.policy_alone(features)
+        return self.distribution(output, last, action_mask), last
 
     def _remembered(self, features: Tensor, memory: Memory | None) -> Tensor:
         """(N, D) → the recurrent core's features; moves the memory on by one decision."""

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from classic.config import TrainConfig
-from classic.envs import IN_TORCH, Environments, make_environments
+from classic.config import Algorithm, EnvironmentSettings, TrainConfig
+from classic.envs import IN_TORCH, Environments, make_environments, solved_at
 from classic.evaluate import Evaluator
+from classic.pictures import Painter, painter_of
 from classic.policy import Policy, load, require_spaces
 from classic.presets import preset_for
 from classic.rollout import Collector, Trajectory, experience_of
@@ -47,6 +48,7 @@ class Learner:
 def train(
     env: EnvironmentMaker,
     *,
+    algorithm: Algorithm | None = None,
     num_steps: int | None = None,
     seed: int | None = None,
     output_dir: str | None = None,
@@ -56,15 +58,15 @@ def train(
 ) -> Policy:
     """Trains a policy on an environment's id, or on a callable that makes one; → the final policy.
 
-    config: by default the environment's preset where there is one. num_steps, seed, output_dir: in place of the
-    configuration's. Without output_dir nothing is written and nothing evaluated. policy: one to go on with, such as one
-    around your own nn.Module. Whole rollouts only, at least one, at most num_steps.
+    config: by default the environment's preset for the algorithm where there is one. algorithm, num_steps, seed,
+    output_dir: in place of the configuration's. Without output_dir nothing is written and nothing evaluated. policy:
+    one to go on with, such as one around your own nn.Module. Whole rollouts only, at least one, at most num_steps.
 
     Raises UserError for what cannot be trained.
     """
     name = env if isinstance(env, str) else getattr(env, "__name__", "environment")
-    config = config or preset_for(name)
-    given: dict[str, Any] = {"num_steps": num_steps, "seed": seed, "output_dir": output_dir}
+    config = config or preset_for(name, algorithm)
+    given: dict[str, Any] = {"algorithm": algorithm, "num_steps": num_steps, "seed": seed, "output_dir": output_dir}
     config = replace(config, env_id=name, **{key: value for key, value in given.items() if value is not None})
     if config.output_dir is not None:
         return run(config, env=env, policy=policy, callbacks=callbacks)[0]
@@ -87,8 +89,12 @@ def run(
     env: EnvironmentMaker | None = None,
     policy: Policy | None = None,
     callbacks: Iterable[Callback] = (),
+    quiet: bool = False,
 ) -> tuple[Policy, dict[str, Any]]:
-    """The same in a run folder: metrics, evaluations, checkpoints, final and best policy; → with the run's summary."""
+    """The same in a run folder: metrics, evaluations, checkpoints, final and best policy; → with the run's summary.
+
+    quiet: shows no progress.
+    """
     env = config.env_id if env is None else env
     start = begin(config, "classic", cpu=device_of(config, env) == "cpu", longer=asks_for_more(config))
     if start is None:
@@ -104,14 +110,19 @@ def run(
             device=learner.policy.device,
         )
         closing.callback(judge.close)
-        with start.run(num_steps=config.num_updates) as folder:
+        painter = painter_of(env, learner.policy, config)
+        if painter is not None:
+            closing.callback(painter.close)
+        with start.run(num_steps=config.num_updates, quiet=quiet) as folder:
             state = folder.resume()
             if state is None:
                 state = LoopState(kl_coef=config.penalty.kl_coef, before=judge(learner.policy).metrics)
+                paint(folder, learner, painter, state)
             elif state.tensors:
                 learner.collector.load_state_dict(state.tensors)
             while state.step < config.num_updates:
                 state, metrics = improve(learner, state)
+                paint(folder, learner, painter, state)
                 state = evaluate_and_save(folder, learner, judge, state, metrics)
                 for callback in callbacks:
                     callback(state.step, metrics)
@@ -220,6 +231,15 @@ def episode_metrics(trajectory: Trajectory, experience: Experience) -> dict[str,
     return {**found, "episodes": count}
 
 
+def paint(run: Run, learner: Learner, painter: Painter | None, state: LoopState) -> None:
+    """A picture of the untrained policy, and `config.pictures` more evenly over the run, the last of the final one."""
+    if painter is not None:
+        updates, pictures = learner.config.num_updates, learner.config.pictures
+        if state.step == 0 or state.step * pictures // updates > (state.step - 1) * pictures // updates:
+            steps = state.step * learner.config.num_envs * learner.config.horizon
+            run.log_policy_picture(state.step, {"steps": steps, **painter(learner.policy)})
+
+
 def evaluate_and_save(
     run: Run, learner: Learner, judge: Evaluator, state: LoopState, metrics: dict[str, float]
 ) -> LoopState:
@@ -250,7 +270,9 @@ def is_due(every: int, step: int, config: TrainConfig) -> bool:
 
 
 def summary_of(state: LoopState, config: TrainConfig) -> dict[str, Any]:
-    """The outcome in numbers: raw returns of the evaluations before, after and at the best."""
+    """The outcome in numbers: raw returns of the evaluations before, after and at the best, and what counts as solved:
+    None where Gymnasium does not say, or the environment is not made as it has it.
+    """
     return {
         "env_id": config.env_id,
         "algorithm": config.algorithm,
@@ -259,6 +281,7 @@ def summary_of(state: LoopState, config: TrainConfig) -> dict[str, Any]:
         "return_after": state.after["eval/return"],
         "return_std_after": state.after["eval/return_std"],
         "return_best": state.best,
+        "return_solved": solved_at(config.env_id) if config.environment == EnvironmentSettings() else None,
     }
 
 

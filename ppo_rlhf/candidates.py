@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from ppo_rlhf.data import Row, Rows, held_out, load_rows, stream
+from ppo_rlhf.data import Row, Rows, held_out, load_rows, prompt_texts_and_ids, stream
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.models import context_length, load_policy
-from ppo_rlhf.preferences import Pair, text_of
+from ppo_rlhf.preferences import Pair, Prompt, text_of
 from ppo_rlhf.prompts import Prompts
 from ppo_rlhf.rewards import RewardModel
 from ppo_rlhf.run import read_config
@@ -49,13 +50,21 @@ def samples_of_two(run: str, other: str, *, prompts: str | None, count: int, see
 def uncertainty_order(pairs: Mapping[int, Pair], reward_model: str) -> dict[int, float]:
     """Of each pair, how far the reward model puts its best response above the next: the smallest is the least sure."""
     model = RewardModel.load(reward_model, setting="--reward-model", device=_device())
-    prompts = [text_of(pair.prompt) for pair in pairs.values() for _ in pair.responses]
+    prompts = [_as_read(pair.prompt, model.tokenizer) for pair in pairs.values() for _ in pair.responses]
     scores = iter(model(prompts, [text for pair in pairs.values() for text in pair.responses]).tolist())
     margins = {}
     for number, pair in pairs.items():
         best, second, *_ = sorted((next(scores) for _ in pair.responses), reverse=True)
         margins[number] = best - second
     return margins
+
+
+def _as_read(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A prompt as the reward stage reads it: a chat by the chat template, or without one in turns of text."""
+    if isinstance(prompt, str) or tokenizer.chat_template is None:
+        return text_of(prompt)
+    texts, _ = prompt_texts_and_ids([{"prompt": prompt}], tokenizer, setting="--pairs")
+    return texts[0]
 
 
 def run_folder(run: str) -> Path:

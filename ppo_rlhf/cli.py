@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from ppo_rlhf.arguments import Command, CommandLine, run, settings_in
+from ppo_rlhf.arguments import Command, CommandLine, read, run, settings_in
 from ppo_rlhf.config import PipelineConfig, PPOConfig, RewardConfig, SFTConfig
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.settings import Ties
 
 if TYPE_CHECKING:
     from ppo_rlhf.preferences import Choice, Pair, Store
+    from ppo_rlhf.train.memory_estimate import MemoryEstimate
 
 Outcome = tuple[dict[str, Any], list[str]]  # a summary for programs, and what to tell of it
 DATABASE = "sqlite:///preferences.db"
 
 
+def _add_stage(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--estimate_memory", action="store_true", help="tell what each part will take, load no weights, write nothing"
+    )
+
+
 def _add_ppo(parser: ArgumentParser) -> None:
+    _add_stage(parser)
     parser.add_argument("--dry_run", action="store_true", help="show ten samples with their scores, and write nothing")
 
 
@@ -34,6 +43,11 @@ def _add_run(parser: ArgumentParser) -> None:
 def _add_doctor(parser: ArgumentParser) -> None:
     _add_run(parser)
     parser.add_argument("--watch", action="store_true", help="follow a run in progress until it ends, or Ctrl-C")
+
+
+def _add_report(parser: ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs or pipelines")
+    parser.add_argument("--output", type=str, metavar="FILE", help="without it report.html in the first folder")
 
 
 def _add_db(parser: ArgumentParser) -> None:
@@ -99,6 +113,19 @@ def _add_study(parser: ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
+def _add_inspect_data(parser: ArgumentParser) -> None:
+    parser.add_argument("--config", type=str, metavar="FILE", help="a stage's or a pipeline's; the options override it")
+    parser.add_argument("--stage", choices=list(INSPECTED), help="that reads the data; without it told by the columns")
+    parser.add_argument("--data", type=str, help="rows: a file, a folder, a Hub name, module:function")
+    parser.add_argument("--policy", type=str, help="the model whose tokenizer and chat template read them")
+    parser.add_argument("--columns", type=str, help="other names for columns: '{question: prompt, answer: completion}'")
+    parser.add_argument("--chat_template", type=str, metavar="FILE", help="a Jinja file, instead of the tokenizer's")
+    parser.add_argument("--max_length", type=str, help="tokens")
+    parser.add_argument("--too_long", type=str, help="what becomes of longer texts: refuse, drop, left or right")
+    parser.add_argument("--examples", type=int, default=3, help="how many are shown token by token")
+
+
+INSPECTED = {"sft": "data", "reward": "data", "ppo": "prompts"}  # the stages, and their setting for what they read
 TOY_CONFIG = Path(__file__).parent / "toy" / "pipeline.yaml"
 COMMANDS = {
     "demo": Command(
@@ -106,14 +133,17 @@ COMMANDS = {
         PipelineConfig,
         default_config=TOY_CONFIG,
     ),
-    "sft": Command("Supervised fine-tuning: demonstrations → policy.", SFTConfig),
-    "reward": Command("Reward modelling: comparisons → reward model.", RewardConfig),
+    "sft": Command("Supervised fine-tuning: demonstrations → policy.", SFTConfig, add_arguments=_add_stage),
+    "reward": Command("Reward modelling: comparisons → reward model.", RewardConfig, add_arguments=_add_stage),
     "ppo": Command("PPO: prompts and a reward → tuned policy.", PPOConfig, add_arguments=_add_ppo),
     "pipeline": Command("The three stages in order.", PipelineConfig),
+    "inspect-data": Command(
+        "What a model will see of its data: tokens, masks, lengths.", add_arguments=_add_inspect_data
+    ),
     "doctor": Command(
         "Look for what is wrong with a run; exit code 1 where something was found.", add_arguments=_add_doctor
     ),
-    "report": Command("Write report.html into a run's folder.", add_arguments=_add_run),
+    "report": Command("One self-contained page about one or more runs.", add_arguments=_add_report),
     "label": Command("The labelling app: people compare responses in a browser.", add_arguments=_add_label),
     "preferences": Command(
         "Comparisons out of the database, into it, and what they say.", add_arguments=_add_preferences
@@ -142,8 +172,12 @@ def _execute(command: str, given: Namespace) -> int | None:
     if given.get("dry_run"):
         _show_samples(settings_in(given, PPOConfig), given)
         return None
+    if command == "inspect-data":
+        _inspect_data(given)
+        return None
     if settings is not None:
-        summary, lines = _train(command, settings_in(given, settings))
+        work = _estimate_memory if given.get("estimate_memory") else _train
+        summary, lines = work(command, settings_in(given, settings))
     else:
         if "db" in given:
             from ppo_rlhf.data import check_preferences
@@ -190,9 +224,87 @@ def _show_samples(config: PPOConfig, given: Namespace) -> None:
     Console(highlight=False, markup=False).print(table)
 
 
+def _inspect_data(given: Namespace) -> None:
+    """Prints what the models of one stage, or of a pipeline's three, will see of their data."""
+    from rich.console import Console
+
+    from ppo_rlhf import inspection
+
+    if given.examples < 0:
+        raise UserError(f"--examples {given.examples} must be 0 or more.")
+    inspect: dict[str, Any] = {
+        "sft": inspection.inspect_sft,
+        "reward": inspection.inspect_reward,
+        "ppo": inspection.inspect_ppo,
+    }
+    found = [inspect[stage](config, count=given.examples) for stage, config in _inspected(given).items()]
+    if given.json:
+        print(json.dumps({"stages": [each.as_dict() for each in found]}))
+        return
+    for each in found:
+        inspection.show(each, Console(highlight=False))
+
+
+def _inspected(given: Namespace) -> dict[str, Any]:
+    """The configurations of the stages to inspect, by their names."""
+    settings = {} if given.config is None else yaml.safe_load(Path(given.config).read_text(encoding="utf-8"))
+    if given.data is None and set(settings) & set(INSPECTED):
+        pipeline = _configured("pipeline", given.config, {}, PipelineConfig)
+        stages = {name: getattr(pipeline, name) for name in INSPECTED if given.stage in (None, name)}
+        stages = {name: stage for name, stage in stages.items() if getattr(stage, INSPECTED[name]) is not None}
+        return {name: replace(stage, policy=stage.policy or pipeline.sft.policy) for name, stage in stages.items()}
+    stage = given.stage or _stage_reading(given, settings)
+    lengths = "max_prompt_length" if stage == "ppo" else "max_length"
+    names = {"data": INSPECTED[stage], "max_length": lengths}
+    options = {
+        names.get(name, name): given[name]
+        for name in ("data", "policy", "columns", "chat_template", "max_length", "too_long")
+        if given[name] is not None
+    }
+    return {stage: _configured(stage, given.config, options, COMMANDS[stage].settings)}
+
+
+def _configured(command: str, config: str | None, options: dict[str, str], settings: Any) -> Any:
+    """A training command's settings as its own command line gives them."""
+    words = [command, *(["--config", config] if config is not None else [])]
+    words += [word for name, value in options.items() for word in (f"--{name}", value)]
+    arguments = read(COMMAND_LINE, words)
+    assert arguments is not None
+    return settings_in(arguments[command], settings)
+
+
+def _stage_reading(given: Namespace, settings: dict[str, Any]) -> str:
+    """The stage that reads rows of such columns."""
+    from ppo_rlhf.data import load_rows
+
+    source = given.data or settings.get("data") or settings.get("prompts")
+    if source is None:
+        raise UserError("give --data, or a --config that names some: what is to be inspected.")
+    columns = yaml.safe_load(given.columns) if given.columns else settings.get("columns", {})
+    if not isinstance(columns, dict):
+        raise UserError(f"--columns {columns!r} must be a mapping such as '{{question: prompt}}'.")
+    found = load_rows(source, required=(), setting="--data", columns=columns)[0]
+    if {"chosen", "rejected", "responses"} & set(found):
+        return "reward"
+    return "sft" if {"messages", "completion", "text"} & set(found) else "ppo"
+
+
+def _estimate_memory(command: str, config: Any) -> Outcome:
+    """What the parts of a stage will take."""
+    from ppo_rlhf.train.memory_estimate import estimate_ppo, estimate_reward, estimate_sft
+
+    estimates: dict[str, Callable[[Any], MemoryEstimate]] = {
+        "sft": estimate_sft,
+        "reward": estimate_reward,
+        "ppo": estimate_ppo,
+    }
+    estimate = estimates[command](config)
+    return estimate.as_dict(), estimate.lines()
+
+
 def _train(command: str, config: Any) -> Outcome:
     """Runs a training command; → its summary, and what to tell of it; nothing but in the main process."""
-    from ppo_rlhf.report import outcome_lines, write_report
+    from ppo_rlhf.report import outcome_lines
     from ppo_rlhf.run import end_processes, is_main_process
 
     if command == "sft":
@@ -218,15 +330,22 @@ def _train(command: str, config: Any) -> Outcome:
         return summary, [f"{summary['finished']} is finished already; there is nothing to resume."]
     folder = Path(summary["output_dir"])
     for metrics in folder.glob("*/metrics.jsonl"):  # a pipeline's stages
-        write_report(metrics.parent)
-    return summary, [*outcome_lines(folder), f"report: {write_report(folder)}"]
+        _write_report([metrics.parent])
+    return summary, [*outcome_lines(folder), f"report: {_write_report([folder])}"]
 
 
 def _report(given: Namespace) -> Outcome:
+    path = str(_write_report([Path(run) for run in given.runs], given.output))
+    return {"report": path}, [f"wrote {path}"]
+
+
+def _write_report(folders: list[Path], output: str | None = None) -> Path:
+    """Writes the report of runs, with what the doctor finds in them; → its path."""
+    from ppo_rlhf import doctor
     from ppo_rlhf.report import write_report
 
-    path = str(write_report(Path(given.run)))
-    return {"report": path}, [f"wrote {path}"]
+    findings = [finding.as_dict() for folder in folders for finding in doctor.examine(folder)]
+    return write_report(folders, Path(output) if output else None, findings=findings)
 
 
 def _export(given: Namespace) -> Outcome:

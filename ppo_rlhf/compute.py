@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -100,8 +102,17 @@ def num_multiplied(trunk: nn.Module) -> int:
     return sum(p.numel() for p in trunk.parameters() if p.ndim >= 2 and id(p) not in looked_up)
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """`peak_memory_gib` counts from here on, on Linux and on a GPU; elsewhere it goes on since the process began."""
+    if device.type == "cuda":  # pragma: no cover - needs a GPU
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): the peak becomes what there is now
+
+
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory that the process has had so far, in GiB: of the GPU where it works on one."""
+    """The most memory that the process has had since `reset_peak_memory`, in GiB: of the GPU where it works on one."""
     if device.type == "cuda":  # pragma: no cover - needs a GPU
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -104,6 +104,9 @@ class SFTConfig(SupervisedConfig):
     module:function; see docs/data.md."""
     eval_data: str | None = None
     """Held-out demonstrations; null: a share of the data."""
+    batch_tokens: int | None = None
+    """Tokens of one optimizer step, over all processes, instead of batch_size demonstrations: as many whole ones as fit
+    (packing). null: batch_size of them."""
     max_length: int | None = None
     """Tokens of a demonstration; null: what the model's context holds."""
     too_long: TooLong | None = None
@@ -114,7 +117,8 @@ class SFTConfig(SupervisedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_length("max_length", self.max_length)
+        for name in ("max_length", "batch_tokens"):
+            _check_length(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -209,6 +213,12 @@ class PPOConfig(RunConfig):
     value_head: str | None = None
     """A folder with a head that a shared value function starts from, `v_head.summary.…`: a run's value_head/, or one of
     TRL's; null: that of the policy's folder where it has one, else zero."""
+    overlap_scoring: int = 0
+    """Score responses in groups of so many as they end, in a thread, while others are sampled: where the reward waits,
+    as for a server. 0: in one call afterwards, for a reward that compares a batch's responses, or computes here."""
+    sample_ahead: bool = False
+    """Sample each rollout before the update on the one before it, and score it meanwhile: hides the time that a reward
+    waits. Its policy is one update old then; log-probabilities and ratios are of the policy that sampled."""
     kl_coef: float = 0.05
     """β of the KL penalty in the reward (Stiennon et al., 2020: 0.05), to start with where kl_target is given."""
     kl_target: float | None = None
@@ -240,6 +250,7 @@ class PPOConfig(RunConfig):
         for name in ("num_steps", "batch_size", "max_eval_prompts"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
         require(0 < self.eval_fraction < 1, f"eval_fraction={self.eval_fraction} must lie between 0 and 1.")
+        require(self.overlap_scoring >= 0, f"overlap_scoring={self.overlap_scoring} must not be negative; 0 is off.")
         require(0 <= self.kl_coef < math.inf, f"kl_coef={self.kl_coef} must not be negative, and finite.")
         require(self.kl_target is None or self.kl_target > 0, f"kl_target={self.kl_target} must be above 0, or null.")
         require(

@@ -6,6 +6,7 @@ ids, positions (N, S): the tokens read; mask (N, W) bool: which of the W columns
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from ppo_rlhf.models import takes_position_ids
 
 Forward = Callable[[Tensor, Tensor, Tensor, Cache], Tensor]
 Function = Callable[[Tensor], Tensor]
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, (N, 1, S, head size) each
+Embedding = Callable[[Tensor, Tensor], tuple[Tensor, Rotation | None]]  # ids, positions (N, S) → (N, S, width), …
 
 LARGEST_COPIED_MODEL = 10**9  # parameters; a larger model is not copied into a layout of our own
 MIN_PACKED_WEIGHTS = 2**19  # a smaller matrix stays in the processor's cache anyhow, and a packed product costs 20 µs
@@ -122,63 +125,22 @@ def functional_forward(model: PreTrainedModel, *, num_rows: int) -> Forward:
     Large matrices are copied into oneDNN's own layout, which few rows read faster. Under autocast and in bf16, products
     are in that type, and the residual stream, the attention and its cache in float32.
     """
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else model.dtype
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else model.dtype
     wide = torch.promote_types(dtype, torch.float32)
-
-    def product(*modules: Any) -> Function:
-        """Of modules that have the same input, their outputs side by side."""
-        weights = [module.weight.t() if isinstance(module, nn.Linear) else module.weight for module in modules]
-        biases = [module.bias for module in modules if module.bias is not None]
-        weight = torch.cat(weights, dim=1) if len(weights) > 1 else weights[0]
-        multiply = product_with(weight.to(dtype), torch.cat(biases).to(dtype) if biases else None, num_rows=num_rows)
-        return lambda x: multiply(x.to(dtype))
-
+    product = functools.partial(_product, dtype=dtype, num_rows=num_rows)
+    is_gpt2 = isinstance(model, GPT2LMHeadModel)
+    blocks, last = (_gpt2_blocks if is_gpt2 else _llama_blocks)(model, product, wide)
+    embed = (_gpt2_embedding if is_gpt2 else _llama_embedding)(model, wide)
     config: Any = model.config
-    trunk: Any = model.base_model
-    embeddings: Any = model.get_input_embeddings()
-    if isinstance(model, GPT2LMHeadModel):
-        last = _normalization(trunk.ln_f, wide)
-        blocks = [
-            Block(
-                _normalization(block.ln_1, wide),
-                product(block.attn.c_attn),
-                block.attn.scaling,
-                product(block.attn.c_proj),
-                _normalization(block.ln_2, wide),
-                _in_turn(product(block.mlp.c_fc), _fused(block.mlp.act), product(block.mlp.c_proj)),
-            )
-            for block in trunk.h
-        ]
-    else:
-        last = _normalization(trunk.norm, wide)
-        blocks = [
-            Block(
-                _normalization(block.input_layernorm, wide),
-                product(block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj),
-                block.self_attn.scaling,
-                product(block.self_attn.o_proj),
-                _normalization(block.post_attention_layernorm, wide),
-                _in_turn(
-                    product(block.mlp.gate_proj, block.mlp.up_proj),
-                    _gated(block.mlp.act_fn),
-                    product(block.mlp.down_proj),
-                ),
-            )
-            for block in trunk.layers
-        ]
-    head = product(model.lm_head)
     heads = config.num_attention_heads
     sizes = (heads, *2 * (getattr(config, "num_key_value_heads", heads),))
+    head = product(model.lm_head)
 
     def forward(ids: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Tensor:
         rows, length = ids.shape
         bias = attention_bias(mask, length, wide)
-        hidden = F.embedding(ids, embeddings.weight).to(wide)
-        rotation = None
-        if isinstance(model, GPT2LMHeadModel):
-            hidden = hidden + F.embedding(positions, trunk.wpe.weight)
-        else:
-            rotation = [part[:, None] for part in trunk.rotary_emb(hidden, positions)]
+        hidden, rotation = embed(ids, positions)
         hidden = hidden.flatten(0, 1)
         for layer, block in enumerate(blocks):
             states = block.attend(block.normalize(hidden)).to(wide).view(rows, length, sum(sizes), -1).transpose(1, 2)
@@ -193,11 +155,69 @@ def functional_forward(model: PreTrainedModel, *, num_rows: int) -> Forward:
             hidden = hidden + block.feed_forward(block.normalize_again(hidden))
         return head(last(hidden.view(rows, length, -1)[:, -1]))
 
-    def without_autocast(ids: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Tensor:
-        with torch.autocast("cpu", enabled=False):
-            return forward(ids, positions, mask, cache)
+    return torch.autocast("cpu", enabled=False)(forward) if autocast else forward
 
-    return without_autocast if torch.is_autocast_enabled("cpu") else forward
+
+def _gpt2_blocks(model: Any, product: Callable[..., Function], wide: torch.dtype) -> tuple[list[Block], Function]:
+    """The layers, and the last normalization."""
+    blocks = [
+        Block(
+            _normalization(block.ln_1, wide),
+            product(block.attn.c_attn),
+            block.attn.scaling,
+            product(block.attn.c_proj),
+            _normalization(block.ln_2, wide),
+            _in_turn(product(block.mlp.c_fc), _fused(block.mlp.act), product(block.mlp.c_proj)),
+        )
+        for block in model.base_model.h
+    ]
+    return blocks, _normalization(model.base_model.ln_f, wide)
+
+
+def _llama_blocks(model: Any, product: Callable[..., Function], wide: torch.dtype) -> tuple[list[Block], Function]:
+    """The same of Llama and Qwen2."""
+    blocks = [
+        Block(
+            _normalization(block.input_layernorm, wide),
+            product(block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj),
+            block.self_attn.scaling,
+            product(block.self_attn.o_proj),
+            _normalization(block.post_attention_layernorm, wide),
+            _in_turn(
+                product(block.mlp.gate_proj, block.mlp.up_proj), _gated(block.mlp.act_fn), product(block.mlp.down_proj)
+            ),
+        )
+        for block in model.base_model.layers
+    ]
+    return blocks, _normalization(model.base_model.norm, wide)
+
+
+def _gpt2_embedding(model: Any, wide: torch.dtype) -> Embedding:
+    tokens, places = model.base_model.wte, model.base_model.wpe
+    return lambda ids, positions: (
+        F.embedding(ids, tokens.weight).to(wide) + F.embedding(positions, places.weight),
+        None,
+    )
+
+
+def _llama_embedding(model: Any, wide: torch.dtype) -> Embedding:
+    tokens, rotary = model.base_model.embed_tokens, model.base_model.rotary_emb
+
+    def embed(ids: Tensor, positions: Tensor) -> tuple[Tensor, Rotation]:
+        hidden = F.embedding(ids, tokens.weight).to(wide)
+        cos, sin = rotary(hidden, positions)
+        return hidden, (cos[:, None], sin[:, None])
+
+    return embed
+
+
+def _product(*modules: Any, dtype: torch.dtype, num_rows: int) -> Function:
+    """The linear maps of modules that have the same input, their outputs side by side."""
+    weights = [module.weight.t() if isinstance(module, nn.Linear) else module.weight for module in modules]
+    biases = [module.bias for module in modules if module.bias is not None]
+    weight = torch.cat(weights, dim=1) if len(weights) > 1 else weights[0]
+    multiply = product_with(weight.to(dtype), torch.cat(biases).to(dtype) if biases else None, num_rows=num_rows)
+    return lambda x: multiply(x.to(dtype))
 
 
 def product_with(weight: Tensor, bias: Tensor | None, *, num_rows: int) -> Function:

@@ -76,6 +76,37 @@ def _rounded(base_bits: int) -> dict[str, Any]:
     return {"quantization_config": config}
 
 
+def load_reader(source: str, *, setting: str, trust_remote_code: bool = False) -> tuple[PreTrainedTokenizerBase, int]:
+    """What a policy reads by, without its weights: its tokenizer, as `load_policy` gives it, and its context length."""
+    model, tokenizer = policy_without_weights(source, setting=setting, trust_remote_code=trust_remote_code)
+    return tokenizer, context_length(model)
+
+
+def policy_without_weights(
+    source: str, *, setting: str, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What `load_policy` gives, on the meta device: shapes and types of the weights, none of which is read.
+
+    A `module:function` must be called for that, and makes its model.
+    """
+    if is_reference(source):
+        model, tokenizer = load_policy(source, setting=setting)
+        return model.to(torch.device("meta")), tokenizer  # type: ignore[arg-type]
+    config = _load(AutoConfig, source, setting, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source, setting=setting, trust_remote_code=trust_remote_code)
+    add_pad_token(tokenizer, setting=setting)
+    config.vocab_size = max(config.vocab_size, len(tokenizer))
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), tokenizer
+
+
+def classifier_without_weights(source: str, *, setting: str) -> PreTrainedModel:
+    """What `load_classifier` gives, on the meta device."""
+    config = _load(AutoConfig, source, setting, num_labels=1)
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(config)
+
+
 def load_tokenizer(source: str, *, setting: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or a Hub name. Raises UserError when it cannot be loaded."""
     try:
@@ -98,7 +129,7 @@ def load_classifier(source: str, *, setting: str) -> PreTrainedModel:
     return use_quick_kernels(model)
 
 
-def _load(factory: Any, source: str, setting: str, **options: Any) -> PreTrainedModel:
+def _load(factory: Any, source: str, setting: str, **options: Any) -> Any:
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
     if looks_like_path and not Path(source).is_dir():
         raise UserError(f"{setting}: there is no folder {source}.")
@@ -119,6 +150,16 @@ def tokenizer_with_pad(
 
     Raises UserError for a tokenizer without eos, without which no response could ever stop.
     """
+    add_pad_token(tokenizer, setting=setting)
+    embeddings: Any = model.get_input_embeddings()
+    if len(tokenizer) > embeddings.num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer
+
+
+def add_pad_token(tokenizer: PreTrainedTokenizerBase, *, setting: str) -> None:
+    """Left padding, and a pad token where there is none but eos. Raises UserError for a tokenizer without eos."""
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"{setting}: the tokenizer has no eos token, so no response could stop; set one: tokenizer.eos_token = …"
@@ -126,11 +167,6 @@ def tokenizer_with_pad(
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-    embeddings: Any = model.get_input_embeddings()
-    if len(tokenizer) > embeddings.num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return tokenizer
 
 
 def save_policy(
@@ -195,17 +231,21 @@ def use_quick_kernels(model: PreTrainedModel) -> PreTrainedModel:
     """The same model with quicker parts where it has slow ones; in place, and numerically the same. → the model.
 
     Attention becomes the one that packed batches need, and where a model cannot have it plain matrix products on a CPU:
-    at the lengths that a CPU can train, PyTorch's fused attention is the slower one there. GPT-2's GELU becomes one
-    kernel in place of eight.
+    at the lengths that a CPU can train, PyTorch's fused attention is the slower one there.
     """
     if not use_packed_attention(model) and not torch.accelerator.is_available():
         model.set_attn_implementation("eager")
+    use_fused_gelu(model)
+    setattr(model, PLAIN_HEAD, _computes_plain_logits(model))
+    return model
+
+
+def use_fused_gelu(model: nn.Module) -> None:
+    """GPT-2's GELU, which transformers spells out in eight kernels, becomes one; in place."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))
-    setattr(model, PLAIN_HEAD, _computes_plain_logits(model))
-    return model
 
 
 def has_plain_head(model: nn.Module) -> bool:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from ppo_rlhf.settings import OptimizerSettings
 
-__all__ = ["OptimizerSettings", "learning_rate", "make_optimizer", "set_learning_rate"]
+__all__ = ["OptimizerSettings", "learning_rate", "make_optimizer", "optimizer_bytes", "set_learning_rate"]
 
 
-def make_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+SMALLEST_IN_8_BITS = 4096  # elements of a parameter; bitsandbytes keeps the moments of smaller ones in float32
+BLOCK = 256  # 8-bit moments that share a scale
+
+
+def make_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters; weight decay on matrices and embeddings, not on norms and biases.
 
     Norms and biases are told by their shape, one dimension, not by their names, which differ between architectures.
@@ -23,13 +28,27 @@ def make_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.opti
         {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2 or not settings.weight_decay], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-        fused=True,
-    )
+    groups = [group for group in groups if group["params"]]
+    rates: dict[str, Any] = {
+        "lr": settings.lr,
+        "betas": (settings.beta1, settings.beta2),
+        "eps": settings.epsilon,
+    }
+    if settings.moments == "float32":
+        return torch.optim.AdamW(groups, **rates, fused=True)
+    from bitsandbytes import optim
+
+    return (optim.AdamW8bit if settings.moments == "8bit" else optim.PagedAdamW32bit)(groups, **rates)
+
+
+def optimizer_bytes(module: nn.Module, settings: OptimizerSettings) -> int:
+    """What the optimizer of a module will hold after its first step: two moments, and scales or counts of steps."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if settings.moments == "8bit":
+        sizes = [parameter.numel() for parameter in trained]
+        return sum(2 * (n + 4 * -(-n // BLOCK)) if n >= SMALLEST_IN_8_BITS else 8 * n for n in sizes)
+    step = 4 if settings.moments == "float32" else 0
+    return sum(2 * parameter.numel() * parameter.element_size() + step for parameter in trained)
 
 
 def learning_rate(settings: OptimizerSettings, step: int, num_steps: int) -> float:

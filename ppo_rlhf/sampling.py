@@ -211,7 +211,7 @@ def decode(
     static = device.type == "cuda" if static is None else static
     waiting = sorted(range(num_prompts), key=lambda row: (len(prompts[row]), prompts[row]))  # the last one first
     longest = len(prompts[waiting[-1]]) - 1
-    num_slots, num_columns = _room(settings, num_prompts, longest)
+    num_slots, num_columns = cache_room(settings, num_prompts, longest)
     num_layers = model.config.get_text_config().num_hidden_layers
     cache = ColumnCache(num_layers, num_slots, num_columns, longest, device=device, static=static)
     drawn = Drawn.nothing(num_prompts, limit, int(tokenizer.pad_token_id), device)
@@ -267,7 +267,7 @@ def _check(model: PreTrainedModel, prompts: list[list[int]], settings: SamplingS
         )
 
 
-def _room(settings: SamplingSettings, num_prompts: int, longest: int) -> tuple[int, int]:
+def cache_room(settings: SamplingSettings, num_prompts: int, longest: int) -> tuple[int, int]:
     """How many rows and columns the cache has."""
     num_rows, num_columns = min(settings.batch_size, num_prompts), longest + settings.max_new_tokens
     budget = settings.cached_tokens or num_rows * (num_columns + SPARE_COLUMNS)

@@ -6,6 +6,7 @@ Each field's default names its source. `ppo_rlhf.update`, `ppo_rlhf.sampling` an
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import inf, isfinite
 from typing import Literal
 
@@ -83,6 +84,9 @@ class OptimizerSettings:
     """Decay of the squared gradient's running mean."""
     epsilon: float = 1e-5
     """Adam's ε (lm-human-preferences, baselines: 1e-5)."""
+    moments: Literal["float32", "8bit", "paged"] = "float32"
+    """Adam's two running means. 8bit: in a quarter of the memory (Dettmers et al., 2022); paged: in float32, moved to
+    the main memory when a GPU's is full. Both by bitsandbytes, and not for sharded models."""
 
     def __post_init__(self) -> None:
         require(0 < self.lr < inf, f"optimizer.lr={self.lr} must be above 0, and finite.")
@@ -92,6 +96,10 @@ class OptimizerSettings:
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)} must lie in [0, 1).")
         require(self.epsilon > 0, f"optimizer.epsilon={self.epsilon} must be above 0.")
+        require(
+            self.moments == "float32" or find_spec("bitsandbytes") is not None,
+            f"optimizer.moments={self.moments} needs the package bitsandbytes: pip install 'ppo-rlhf[bitsandbytes]'.",
+        )
 
 
 @dataclass(frozen=True)

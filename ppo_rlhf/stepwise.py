@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_rlhf.config import PPOConfig
-from ppo_rlhf.core import approx_kl, kl_shaped_rewards
 from ppo_rlhf.errors import UserError
+from ppo_rlhf.micro_batches import MicroBatch
 from ppo_rlhf.models import frozen_copy, right_padded, save_policy
 from ppo_rlhf.optimizer import learning_rate, make_optimizer, set_learning_rate
 from ppo_rlhf.prompts import PromptBatch
@@ -25,12 +25,11 @@ from ppo_rlhf.rewards import Scores
 from ppo_rlhf.rollout import Rollout, evaluate
 from ppo_rlhf.run import LoopState, make_accelerator, whole_weights
 from ppo_rlhf.sampling import Responses, sample, stop_ids_of
-from ppo_rlhf.seeding import keyed_generator, uniform_rows
+from ppo_rlhf.seeding import uniform_rows
 from ppo_rlhf.train.inputs import policy_with_tokenizer
-from ppo_rlhf.train.ppo import experience_of, missing_eos_rule, next_kl_coef
+from ppo_rlhf.train.ppo import improve, next_kl_coef
 from ppo_rlhf.train.ppo_parts import policy_with_value, ready_policy
 from ppo_rlhf.train.ppo_records import rollout_metrics
-from ppo_rlhf.update import ppo_update
 
 Texts = Sequence[str] | Sequence[Sequence[int]]  # or their token ids, which are taken as they are
 
@@ -67,6 +66,7 @@ class PPO:
         self.policy = policy_with_value(config, policy, None, self.accelerator)
         optimizer = make_optimizer(self.policy, config.optimizer)
         self._model, self._optimizer = self.accelerator.prepare(self.policy, optimizer)
+        self._micro_batch = MicroBatch(config.ppo.micro_batch_size, self.accelerator, setting="ppo.micro_batch_size")
         self.state = LoopState(kl_coef=config.kl_coef)
 
     def generate(self, prompts: Texts) -> Responses:
@@ -79,15 +79,13 @@ class PPO:
 
     def evaluate(self, prompts: Texts, responses: Responses | Sequence[Sequence[int]]) -> Rollout:
         """Log-probabilities under policy and reference, values and entropies of the responses' tokens, each (B, T)."""
+        batch, said, temperature = self._prompts(prompts), self._responses(responses), self.config.sampling.temperature
+
+        def evaluated(batch_size: int) -> Rollout:
+            return evaluate(self._model, self.reference, batch, said, temperature=temperature, batch_size=batch_size)
+
         with self.accelerator.autocast():
-            return evaluate(
-                self._model,
-                self.reference,
-                self._prompts(prompts),
-                self._responses(responses),
-                temperature=self.config.sampling.temperature,
-                batch_size=self.config.ppo.micro_batch_size or len(prompts),
-            )
+            return self._micro_batch.fitting(evaluated, len(prompts))
 
     def update(
         self, prompts: Texts, responses: Responses | Sequence[Sequence[int]], scores: Sequence[float] | Tensor
@@ -106,23 +104,19 @@ class PPO:
             )
         set_learning_rate(self._optimizer, learning_rate(config.optimizer, state.step, config.num_steps))
         rollout = self.evaluate(prompts, said)
-        score = torch.as_tensor(scores, dtype=torch.float32, device=device)
-        paid = missing_eos_rule(score, said.finished, config.missing_eos)
-        kl = approx_kl(rollout.logprobs, rollout.ref_logprobs, "k1")
-        rewards = kl_shaped_rewards(paid, kl, rollout.mask, kl_coef=state.kl_coef)
-        experience = experience_of(rollout, rewards, config, self.accelerator)
-        generator = keyed_generator(config.seed, "shuffle", state.step, self.accelerator.process_index)
-        statistics = ppo_update(
+        given = Scores(torch.as_tensor(scores, dtype=torch.float32, device=device), {})
+        state, rewards, experience, statistics = improve(
+            rollout,
+            given,
+            said.finished,
+            state,
             self._model,
             self._optimizer,
-            experience,
-            config.ppo,
-            accelerator=self.accelerator,
-            generator=generator,
+            self._micro_batch,
+            config,
+            self.accelerator,
         )
-        metrics = (
-            rollout_metrics(rollout, experience, Scores(score, {}), None, rewards, said, self.accelerator) | statistics
-        )
+        metrics = rollout_metrics(rollout, experience, given, None, rewards, said, self.accelerator) | statistics
         metrics |= {"kl_coef": state.kl_coef, "lr": self._optimizer.param_groups[0]["lr"]}
         kl_coef = next_kl_coef(state.kl_coef, metrics["objective/kl"], config)
         self.state = replace(state, step=state.step + 1, kl_coef=kl_coef)

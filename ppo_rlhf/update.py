@@ -36,6 +36,7 @@ def ppo_update(
     kl_penalty_coef: float = 0.0,
     kl_divergence: KLDivergence | None = None,
     micro_batch: MicroBatch | None = None,
+    after_epoch: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Improves the policy on one rollout: exactly num_epochs × num_minibatches optimizer steps, unless one is skipped
     for a gradient that is not finite, or the target-KL stop ends the update (Schulman et al., 2017, algorithm 1).
@@ -43,6 +44,7 @@ def ppo_update(
     policy(**experience.inputs) -> Evaluation. experience: this process's rows; each process must hold as many.
     generator: shuffles the rows, on the CPU. kl_penalty_coef, kl_divergence: PPO-Penalty's β and exact KL(old‖new).
     micro_batch: the one to keep between updates, which shrinks where memory runs out.
+    after_epoch: called after the last step of each epoch, by all processes, to look at the policy.
 
     A minibatch's loss is its sum over micro-batches and processes divided by the decisions in all of them, so how it is
     split changes memory and speed and nothing else. → the statistics of `ppo_loss` averaged over the steps, `grad_norm`
@@ -90,6 +92,8 @@ def ppo_update(
                 grad_norm = _step(optimizer, parameters, settings.max_grad_norm, accelerator)
             raw.zero_grad()
             history.append(torch.cat([means, grad_norm.to(means).reshape(1)]))
+            if after_epoch is not None and len(history) % settings.num_minibatches == 0:
+                after_epoch()
 
     steps = torch.stack(history) if history else torch.zeros(0, len(names) + 1)
     finite = steps[:, -1].isfinite()

@@ -21,7 +21,7 @@ STANDARD = set(sys.stdlib_module_names)
 
 ERRORS = {"errors"}
 LIGHT = ERRORS | {"settings"}  # free of torch
-LANGUAGE = LIGHT | {"adapters", "core", "models", "packing", "data", "references", "preferences"}
+LANGUAGE = LIGHT | {"adapters", "core", "models", "packing", "data", "messages", "references", "preferences"}
 EVERYTHING_BELOW = LANGUAGE | {
     "compute",
     "config",
@@ -49,7 +49,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "references": (set(), ERRORS),
     "core": ({"torch"}, set()),
     "seeding": ({"torch"}, set()),
-    "optimizer": ({"torch"}, LIGHT),
+    "optimizer": ({"torch", "bitsandbytes"}, LIGHT),
     "micro_batches": ({"torch", "accelerate"}, ERRORS),
     "update": ({"torch", "accelerate"}, LIGHT | {"core", "micro_batches"}),
     "run": ({"torch", "accelerate", "safetensors", "yaml", "rich"}, ERRORS | {"core"}),
@@ -73,18 +73,20 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "model_card": ({"huggingface_hub"}, {"references"}),
     "export": ({"torch", "transformers", "huggingface_hub"}, LANGUAGE | {"rewards", "run"}),
     "stepwise": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
-    "candidates": ({"torch"}, EVERYTHING_BELOW),
+    "candidates": ({"torch", "transformers"}, EVERYTHING_BELOW),
+    "inspection": ({"transformers", "rich"}, EVERYTHING_BELOW | {"train"}),
     "pipeline": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
     "study": ({"torch", "matplotlib"}, {"core"}),
-    "report": ({"jinja2", "matplotlib"}, ERRORS),
-    "doctor": ({"rich", "yaml"}, ERRORS),
+    "records": ({"yaml"}, ERRORS),
+    "report": ({"bokeh", "jinja2", "markupsafe", "numpy", "yaml"}, ERRORS | {"records"}),
+    "doctor": ({"rich"}, ERRORS | {"records"}),
     "label": ({"jinja2", "markdown_it", "markupsafe", "starlette", "uvicorn"}, ERRORS | {"preferences"}),
     "arguments": ({"jsonargparse", "yaml"}, ERRORS),
     "cli": (
-        {"jsonargparse", "rich"},
+        {"jsonargparse", "rich", "yaml"},
         LIGHT
         | {"arguments", "candidates", "config", "data", "doctor", "label", "pipeline", "preferences", "report"}
-        | {"export", "run", "study", "train"},
+        | {"export", "inspection", "run", "study", "train"},
     ),
 }
 
@@ -108,11 +110,13 @@ CONTROL_RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
         ERRORS | {"core", "references"},
     ),
     "rollout": ({"torch"}, PLAYING | {"normalizers"}, {"core"}),
+    "systems": ({"torch"}, {"config", "spaces"}, set()),
+    "pictures": ({"torch"}, PLAYING | {"config", "evaluate", "systems"}, {"seeding"}),
     "evaluate": ({"torch", "gymnasium"}, PLAYING | {"config"}, ERRORS | {"seeding"}),
     "trpo": ({"torch"}, {"config", "policy"}, {"core", "seeding"}),
     "ppo": (
         {"torch", "accelerate"},
-        PLAYING | {"config", "evaluate", "presets", "rollout", "trpo"},
+        PLAYING | {"config", "evaluate", "pictures", "presets", "rollout", "trpo"},
         LIGHT | {"core", "optimizer", "run", "seeding", "update"},
     ),
     "video": ({"gymnasium"}, PLAYING | {"config", "evaluate"}, ERRORS | {"seeding"}),
@@ -256,7 +260,8 @@ def test_the_core_switches_no_gradient_off():
 
 # ---------------------------------------------------------------------------------------------------- start-up
 
-HEAVY = ("torch", "transformers", "numpy", "datasets", "accelerate", "matplotlib", "gymnasium", "sqlalchemy", "uvicorn")
+HEAVY = ("torch", "transformers", "numpy", "datasets", "accelerate", "matplotlib", "bokeh", "gymnasium", "sqlalchemy")
+HEAVY += ("uvicorn",)
 HELP = f"""
 import contextlib, importlib, io, sys
 program, *words = sys.argv[1:]
@@ -270,7 +275,7 @@ assert not loaded, loaded
 """
 COMMANDS = {
     "ppo_rlhf": [
-        *("demo", "sft", "reward", "ppo", "pipeline", "doctor", "report", "label", "preferences"),
+        *("demo", "sft", "reward", "ppo", "pipeline", "inspect-data", "doctor", "report", "label", "preferences"),
         *("export", "compare", "study"),
     ],
     "classic": ["train", "evaluate", "plot", "compare", "video", "export"],

@@ -1,6 +1,7 @@
 """What the README shows works: its Python runs, its commands and their options exist."""
 
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -16,6 +17,7 @@ __all__ = ["data", "in_tmp_path", "models"]
 ROOT = Path(__file__).parents[1]
 READMES = sorted(ROOT.glob("README*.md"))
 DOCUMENTS = [*READMES, *sorted(ROOT.glob("docs/*.md"))]
+DATA = ROOT / "docs" / "data.md"
 PROGRAMS = ("ppo-rlhf", "python", "torchrun", "make")
 
 
@@ -31,7 +33,9 @@ def commands_in(text):
     return [words for words in told if words[0] in PROGRAMS]
 
 
-PYTHON = [pytest.param(block, id=path.name) for path in READMES for block in fenced_blocks(path.read_text(), "python")]
+PYTHON = [
+    pytest.param(block, id=path.name) for path in DOCUMENTS for block in fenced_blocks(path.read_text(), "python")
+]
 COMMANDS = [words for path in DOCUMENTS for words in commands_in(path.read_text())]
 
 
@@ -48,6 +52,29 @@ def test_the_python_of_the_readme_runs_on_a_users_files(block, models):
     tiny_runs.write_rows("comparisons.jsonl", tiny_runs.comparisons(80))
     tiny_runs.write_rows("prompts.jsonl", tiny_runs.prompts(80))
     exec(compile(block, "README.md", "exec"), {})
+
+
+SECTIONS = {"Demonstrations": "sft", "Comparisons": "reward", "Prompts": "ppo"}
+ROWS = [
+    (stage, row)
+    for title, stage in SECTIONS.items()
+    for row in fenced_blocks(re.split(r"^## ", DATA.read_text().split(f"## {title}")[1], flags=re.MULTILINE)[0], "json")
+]
+
+
+@pytest.mark.parametrize(("stage", "row"), ROWS)
+def test_the_rows_of_the_data_page_are_read_by_their_stage(stage, row, models, capfd):
+    Path("chat.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}")
+    Path("rows.jsonl").write_text(row * 2)
+    words = ["--policy", models["gpt2"], "--data", "rows.jsonl", "--chat-template", "chat.jinja", "--too-long", "left"]
+    assert importlib.import_module("ppo_rlhf.cli").main(["inspect-data", "--json", *words]) == 0
+    (found,) = json.loads(capfd.readouterr().out)["stages"]
+    assert (found["stage"], found["rows"]) == (stage, 2)
+    assert found["tokens"] > 0
+
+
+def test_the_data_page_shows_rows_of_every_stage():
+    assert {stage for stage, _ in ROWS} == set(SECTIONS.values())
 
 
 def help_of_module(module, subcommand, capsys):

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,14 @@ from accelerate.state import AcceleratorState, PartialState
 from torch import nn
 
 from ppo_rlhf.core import Evaluation, Experience, exact_kl, whiten
-from ppo_rlhf.optimizer import OptimizerSettings, learning_rate, make_optimizer, set_learning_rate
+from ppo_rlhf.errors import UserError
+from ppo_rlhf.optimizer import (
+    OptimizerSettings,
+    learning_rate,
+    make_optimizer,
+    optimizer_bytes,
+    set_learning_rate,
+)
 from ppo_rlhf.settings import PPOSettings
 from ppo_rlhf.update import _gradient, _loss_gradient, _loss_settings, measured_kl, ppo_update
 
@@ -398,6 +406,15 @@ def test_the_stop_comes_at_one_and_a_half_times_the_target():
         assert metrics["optimizer_steps"] == steps
 
 
+def test_after_each_whole_epoch_the_policy_can_be_looked_at():
+    policy = TinyPolicy()
+    optimizer, seen = sgd(policy), []
+    steps = count_steps(optimizer)
+    settings = {"num_epochs": 3, "num_minibatches": 2}
+    update(policy, rollout_of(policy), settings, optimizer=optimizer, after_epoch=lambda: seen.append(len(steps)))
+    assert seen == [2, 4, 6]
+
+
 def test_a_stop_before_the_first_step_reports_nan_and_changes_nothing():
     """The rollout's log-probabilities are another policy's: already too far."""
     policy = TinyPolicy()
@@ -736,6 +753,45 @@ def test_two_processes_skip_a_bad_gradient_together(tmp_path):
 
 
 # The optimizer.
+
+
+@pytest.fixture
+def bitsandbytes():
+    if os.environ.get("PPO_RLHF_REQUIRE_ALL") != "1":
+        pytest.importorskip("bitsandbytes")
+
+
+def quadratic_descent(moments, *, steps=60):
+    """The distances of a vector from the point it is drawn to, after each of the steps."""
+    module = nn.Linear(64, 128)
+    target = torch.randn(128, 64, generator=torch.Generator().manual_seed(0))
+    nn.init.zeros_(module.weight)
+    optimizer = make_optimizer(module, OptimizerSettings(lr=0.05, moments=moments))
+    distances = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (0.5 * (module.weight - target).square().sum() + module.bias.square().sum()).backward()
+        optimizer.step()
+        distances.append(float((module.weight - target).norm().detach()))
+    return distances, optimizer
+
+
+@pytest.mark.parametrize("moments", ["8bit", "paged"])
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_moments_of_bitsandbytes_descend_as_float32_ones_do(moments, bitsandbytes):
+    expected, _ = quadratic_descent("float32")
+    found, optimizer = quadratic_descent(moments)
+    assert found == pytest.approx(expected, rel={"8bit": 0.05, "paged": 1e-4}[moments])
+    assert expected[-1] < 0.2 * expected[0]
+    kept = [(name, tensor) for state in optimizer.state.values() for name, tensor in state.items()]
+    total = sum(tensor.nbytes for name, tensor in kept if torch.is_tensor(tensor) and not name.startswith("qmap"))
+    assert total == optimizer_bytes(nn.Linear(64, 128), OptimizerSettings(moments=moments))
+
+
+def test_moments_without_bitsandbytes_are_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr("ppo_rlhf.settings.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"optimizer\.moments=8bit needs the package bitsandbytes: pip install"):
+        OptimizerSettings(moments="8bit")
 
 
 def tiny_language_models():

@@ -7,15 +7,25 @@ from functools import cache
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"  # EOS: the name that Qwen2Tokenizer adds where it is missing
@@ -27,7 +37,7 @@ def _gpt2(dropout, **shared):
     return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, **dropouts, **shared))
 
 
-def _llama_like(config_class, model_class, dropout, **shared):
+def _llama_like(config_class, model_class, dropout, **options):
     return model_class(
         config_class(
             hidden_size=16,
@@ -36,9 +46,7 @@ def _llama_like(config_class, model_class, dropout, **shared):
             num_attention_heads=4,
             num_key_value_heads=2,
             attention_dropout=dropout,
-            pad_token_id=None,
-            tie_word_embeddings=False,
-            **shared,
+            **{"pad_token_id": None, "tie_word_embeddings": False, **options},
         )
     )
 
@@ -57,11 +65,33 @@ def _gpt_neox(dropout, **shared):
     )
 
 
+def _opt(dropout, *, initializer_range, **shared):
+    options = {"init_std": initializer_range, "dropout": dropout, "attention_dropout": dropout, "pad_token_id": 1}
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 24, "num_hidden_layers": 2}
+    return OPTForCausalLM(OPTConfig(num_attention_heads=2, **sizes, **options, **shared))
+
+
+def _phi(dropout, **shared):
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop"), dropout)
+    return _llama_like(PhiConfig, PhiForCausalLM, dropout, **dropouts, **shared)
+
+
 ARCHITECTURES = {
     "gpt2": _gpt2,
     "llama": lambda dropout, **shared: _llama_like(LlamaConfig, LlamaForCausalLM, dropout, **shared),
     "qwen2": lambda dropout, **shared: _llama_like(Qwen2Config, Qwen2ForCausalLM, dropout, **shared),
     "gpt_neox": _gpt_neox,
+}
+MORE_ARCHITECTURES = {  # of which the invariants alone are asked
+    "qwen3": lambda dropout, **shared: _llama_like(Qwen3Config, Qwen3ForCausalLM, dropout, head_dim=4, **shared),
+    "mistral": lambda dropout, **shared: _llama_like(
+        MistralConfig, MistralForCausalLM, dropout, sliding_window=8, **shared
+    ),
+    "gemma": lambda dropout, **shared: _llama_like(
+        GemmaConfig, GemmaForCausalLM, dropout, head_dim=4, **{**shared, "tie_word_embeddings": True}
+    ),
+    "opt": _opt,
+    "phi": _phi,
 }
 
 
@@ -69,7 +99,7 @@ def make_model(architecture="gpt2", *, vocabulary, context, spread, dropout=0.0,
     """A causal language model of some thousand random weights; spread: how far from uniform its predictions are."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = ARCHITECTURES[architecture](
+        model = {**ARCHITECTURES, **MORE_ARCHITECTURES}[architecture](
             dropout,
             vocab_size=vocabulary,
             max_position_embeddings=context,

@@ -12,7 +12,7 @@ from classic.envs.pendulum import Pendulum
 from classic.envs.types import Environments, Step
 from ppo_rlhf.errors import UserError, did_you_mean
 
-__all__ = ["CartPole", "Environments", "Pendulum", "Step", "make_environments"]
+__all__ = ["CartPole", "Environments", "Pendulum", "Step", "make_environments", "solved_at"]
 
 IN_TORCH: dict[Any, tuple[Callable[..., Environments], str]] = {  # and the argument that each accepts
     "CartPole-v1": (CartPole, "sutton_barto_reward"),
@@ -86,6 +86,13 @@ def make_environments(
         frame_stack=frame_stack,
         atari=atari,
     )
+
+
+def solved_at(env_id: str) -> float | None:
+    """The mean return from which Gymnasium counts an environment as solved; None where it does not say."""
+    from classic.envs.gymnasium import reward_threshold
+
+    return reward_threshold(env_id)
 
 
 def _check(name: str, value: str, known: Sequence[str]) -> None:

@@ -125,6 +125,10 @@ class BatchedEnvironments(ABC):
         into.uniform_(-1.0, 1.0, generator=self._generator).mul_(self._start_range)
 
     @abstractmethod
+    def step(self, actions: Tensor) -> Step:
+        """Takes one action in each environment that runs; resets those whose episode had ended."""
+
+    @abstractmethod
     def _observe(self) -> Tensor:
         """What the present state looks like, (N, D) float32, in memory of its own."""
 

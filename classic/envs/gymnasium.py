@@ -163,6 +163,12 @@ def registered_id(env_id: str, *, atari: bool = False) -> str:
     return name
 
 
+def reward_threshold(env_id: str) -> float | None:
+    """Gymnasium's `reward_threshold` of an environment; None where it has none, or does not know the environment."""
+    spec = gymnasium.registry.get(env_id.rpartition(":")[2])
+    return None if spec is None else spec.reward_threshold
+
+
 @contextmanager
 def _closing_on_error(envs: gymnasium.Env | VectorEnv) -> Iterator[None]:
     """Closes them where what follows fails, so that no process, window or file of theirs stays behind."""

@@ -7,7 +7,8 @@ Models with random weights, made here: a policy, a reference, a reward model, an
 size unless shared. Prompts of 8 to 32 tokens, responses of 64, four epochs. `stops`: responses stop at a mean of a
 quarter of the limit. `--lengths`: ours alone, responses of such mean lengths with a limit of four times that: what a
 real token costs. Process CPU seconds of one thread (on a GPU seconds of the clock) an iteration, the median over the
-iterations of all turns; peak memory of the process. The first iteration of each process warms it up.
+iterations of all turns; peak memory of the process, ours the most of any step. The first iteration of each process
+warms it up.
 
 The peer's environment holds trl==1.12.0, the last release with a PPO trainer, and torch like ours:
 python -m venv ~/trl && ~/trl/bin/pip install trl==1.12.0 torch==2.13.0. Without --peer-python it is reported as absent.
@@ -22,7 +23,6 @@ import json
 import math
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -110,11 +110,13 @@ def ours(folder: Path, options: Mapping[str, Any]) -> None:
     clock = process_clock(options["device"])
     seconds: list[float] = []
     lengths: list[float] = []
+    peaks: list[float] = []
     times: dict[str, list[float]] = {}
 
     def note(step: int, metrics: Mapping[str, float]) -> None:
         seconds.append(clock())
         lengths.append(metrics["response/length"])
+        peaks.append(metrics["memory/peak_gib"])
         for name, value in metrics.items():
             if name.startswith("time/"):
                 times.setdefault(name, []).append(value)
@@ -141,7 +143,7 @@ def ours(folder: Path, options: Mapping[str, Any]) -> None:
             ppo.train(config, prompts=[{"prompt": prompt} for prompt in prompts], callbacks=[note])
     between = [after - before for before, after in itertools.pairwise(seconds)][:-1]  # the last evaluates
     phases = {name: statistics.median(values[1:-1]) for name, values in times.items()}
-    print(json.dumps({"seconds": between, "lengths": lengths[1:-1], "phases": phases, "peak_gib": peak_gib()}))
+    print(json.dumps({"seconds": between, "lengths": lengths[1:-1], "phases": phases, "peak_gib": max(peaks)}))
 
 
 def process_clock(device: str) -> Callable[[], float]:
@@ -166,11 +168,6 @@ def profiled(path: str | None) -> Iterator[None]:
     with profile() as trace:
         yield
     trace.export_chrome_trace(path)
-
-
-def peak_gib() -> float:
-    """Of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def run_process(command: list[str], options: Mapping[str, Any]) -> dict[str, Any]:

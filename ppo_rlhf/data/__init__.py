@@ -1,7 +1,14 @@
 """Data: rows from everything `datasets` loads, in the formats of the ecosystem, as the tokens that a model will see."""
 
 from ppo_rlhf.data.chats import with_chat_template
-from ppo_rlhf.data.formats import comparisons, demonstrations, first_ids, prompt_texts_and_ids, prompts_and_completions
+from ppo_rlhf.data.formats import (
+    comparisons,
+    demonstrations,
+    first_ids,
+    prompt_and_response_ids,
+    prompt_texts_and_ids,
+    prompts_and_completions,
+)
 from ppo_rlhf.data.rows import Row, Rows, held_out, renamed, stream, text_column
 from ppo_rlhf.data.sources import check_preferences, is_database, load_rows, preferences_store
 from ppo_rlhf.data.tokens import Example, Examples
@@ -19,6 +26,7 @@ __all__ = [
     "is_database",
     "load_rows",
     "preferences_store",
+    "prompt_and_response_ids",
     "prompt_texts_and_ids",
     "prompts_and_completions",
     "renamed",

@@ -113,8 +113,6 @@ def tokens_and_mask(
     Raises UserError where no assistant speaks, or the template renders the beginning of a conversation differently from
     the whole.
     """
-    if not any(message["role"] == "assistant" for message in messages[first:]):
-        raise UserError(f"{where}: no assistant speaks in the conversation, so there is nothing to learn.")
     text = rendered(tokenizer, messages, where, arguments)
     ids, places = ids_and_places(tokenizer, text, where)
     begin = num_shared(rendered_prompt(tokenizer, messages[:first], where, arguments), text) if first else 0
@@ -126,7 +124,10 @@ def tokens_and_mask(
     else:
         spans = assistant_spans(tokenizer, messages, text, where, arguments)
         written = [any(a < end and start < b for start, end in spans) for a, b in places]
-    return ids, [bool(mark) and b > begin for mark, (_, b) in zip(written, places, strict=True)]
+    learnt = [bool(mark) and b > begin for mark, (_, b) in zip(written, places, strict=True)]
+    if not any(learnt):
+        raise UserError(f"{where}: no assistant speaks in the conversation, so there is nothing to learn.")
+    return ids, learnt
 
 
 def assistant_spans(

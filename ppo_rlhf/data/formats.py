@@ -86,7 +86,7 @@ def _of_conversations(rows: Rows, tokenizer: PreTrainedTokenizerBase, setting: s
     for index, row in enumerate(rows):
         where = f"{setting}: row {index}"
         messages = conversation(row.get("messages"), "user", f"{where}, column 'messages'")
-        yield Example(*tokens_and_mask(tokenizer, messages, where, template_arguments(row)))
+        yield Example(*tokens_and_mask(tokenizer, messages, where, template_arguments(row, where)))
 
 
 def _of_answers(rows: Rows, tokenizer: PreTrainedTokenizerBase, setting: str) -> Iterator[Example]:
@@ -94,8 +94,8 @@ def _of_answers(rows: Rows, tokenizer: PreTrainedTokenizerBase, setting: str) ->
     for index, row in enumerate(rows):
         where = f"{setting}: row {index}"
         prompt, completion = _sides(row, where)
-        learnt = tokens_and_mask(tokenizer, [*prompt, *completion], where, template_arguments(row), first=len(prompt))
-        yield Example(*learnt)
+        arguments, first = template_arguments(row, where), len(prompt)
+        yield Example(*tokens_and_mask(tokenizer, [*prompt, *completion], where, arguments, first=first))
 
 
 def _sides(row: Row, where: str) -> tuple[list[Message], list[Message]]:
@@ -116,7 +116,7 @@ def prompts_and_completions(rows: Rows, tokenizer: PreTrainedTokenizerBase, sett
             continue
         if any(isinstance(row[name], list) for name in ("prompt", "completion")):
             prompt, completion = _sides(row, where)
-            _, text = rendered_response(tokenizer, prompt, completion, where, template_arguments(row))
+            _, text = rendered_response(tokenizer, prompt, completion, where, template_arguments(row, where))
             row = row | {"prompt": prompt, "completion": text}
         found.append(row)
     return found
@@ -141,6 +141,8 @@ def comparisons(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, setting: str)
 
 def _comparison(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> Row:
     if isinstance(row.get("responses"), list):
+        if isinstance(row.get("messages"), list) and tokenizer.chat_template is not None:  # people's choices on a chat
+            row = row | {"prompt": row["messages"]}
         return _ranked_answers(row, tokenizer, where) if isinstance(row.get("prompt"), list) else row
     if not {"chosen", "rejected"} <= set(row):
         return row
@@ -190,7 +192,7 @@ def _answers(
 ) -> tuple[str, list[str]]:
     """A rendered prompt, and each answer to it as a policy would write it."""
     asked = conversation(prompt, "user", where)
-    arguments = template_arguments(row)
+    arguments = template_arguments(row, where)
     both = [rendered_response(tokenizer, asked, answer, where, arguments) for answer in answers]
     place = num_shared(*(text for text, _ in both))
     return both[0][0][:place], [(text + said)[place:] for text, said in both]
@@ -210,7 +212,7 @@ def prompt_texts_and_ids(
     for index, row in enumerate(rows):
         where = f"{setting}: row {index}"
         messages = conversation(row["prompt"], "user", f"{where}, column 'prompt'")
-        texts.append(rendered_prompt(tokenizer, messages, where, template_arguments(row)))
+        texts.append(rendered_prompt(tokenizer, messages, where, template_arguments(row, where)))
     return texts, [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
 
@@ -224,6 +226,15 @@ def first_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids[1:] if ids[:2] == twice and tokenizer(text, add_special_tokens=False)["input_ids"][:2] != twice else ids
 
 
+def prompt_and_response_ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], responses: Sequence[str]
+) -> list[tuple[list[int], list[int]]]:
+    """The tokens of each prompt, and of its response with eos: their border is always a token border."""
+    response_ids = tokenizer(list(responses), add_special_tokens=False)["input_ids"]
+    pairs = zip(prompts, response_ids, strict=True)
+    return [(first_ids(tokenizer, prompt), [*response, int(tokenizer.eos_token_id)]) for prompt, response in pairs]
+
+
 def conversation(value: Any, role: str, where: str) -> list[Message]:
     """Messages; a text is one message of the role. Raises UserError for what is neither, or empty."""
     if isinstance(value, str):
@@ -233,9 +244,17 @@ def conversation(value: Any, role: str, where: str) -> list[Message]:
     return messages_of(value, f"{where}, a list")
 
 
-def template_arguments(row: Row) -> dict[str, Any]:
-    """What a row gives its chat template besides messages: `tools`, also as JSON, and `chat_template_kwargs`."""
-    tools = row.get("tools") or None
+def template_arguments(row: Row, where: str) -> dict[str, Any]:
+    """What a row gives its chat template besides messages: `tools`, also as JSON, and `chat_template_kwargs`.
+
+    Raises UserError, which begins with `where`, for others than a list and a mapping.
+    """
+    tools, more = row.get("tools") or None, row.get("chat_template_kwargs") or {}
     if isinstance(tools, str):
-        tools = json.loads(tools)
-    return {"tools": tools} | (row.get("chat_template_kwargs") or {})
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise UserError(f"{where}: `tools` is no JSON: {error}") from error
+    if not isinstance(tools, list | None) or not isinstance(more, dict):
+        raise UserError(f"{where}: `tools` must be a list, and `chat_template_kwargs` a mapping.")
+    return {"tools": tools} | more

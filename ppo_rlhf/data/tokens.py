@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONVERSION = 1  # to be raised when rows become other tokens than before: an older cache is then not read
+PLACES = ("length", "start", "end")  # of an example: how long it is, and where the learnt tokens begin and end
 FEATURES = Features(
-    {"ids": List(Value("int32")), "learnt": List(Value("bool")), "length": Value("int64"), "start": Value("int64")}
+    {"ids": List(Value("int32")), "learnt": List(Value("bool"))} | dict.fromkeys(PLACES, Value("int64"))
 )
 
 
@@ -65,14 +66,16 @@ class Examples(Sequence[Example]):
         Raises UserError for a longer one that is refused, or of which nothing to learn would be left; and where every
         example is dropped.
         """
-        whole, starts = list(table["length"]), list(table["start"])
+        whole, starts, ends = (list(table[name]) for name in PLACES)
         numbers = range(len(whole)) if numbers is None else numbers
         over = [row for row in numbers if whole[row] > longest]
         for row in over:
-            if too_long == "refuse" or (too_long == "right" and starts[row] >= longest):
+            # Cut on the left, its first token is not learnt.
+            nothing = {"right": starts[row] >= longest, "left": ends[row] <= whole[row] - longest + 1}
+            if too_long == "refuse" or nothing.get(too_long):
                 raise UserError(
-                    f"{setting}: demonstration {row} has {whole[row]} tokens, {starts[row]} of them before what is "
-                    f"learnt, but {longest} fit: set max_length and too_long, to drop or cut what is longer."
+                    f"{setting}: demonstration {row} has {whole[row]} tokens ({starts[row]} before any is learnt), but "
+                    f"{longest} fit: set max_length and too_long, to drop or cut what is longer."
                 )
         dropped = set(over) if too_long == "drop" else set()
         if len(dropped) == len(numbers):
@@ -123,24 +126,31 @@ class Examples(Sequence[Example]):
 
 
 def stored(make: Callable[[], Iterable[Example]], key: str) -> Dataset:
-    """The examples as a table in the cache of `datasets`, where the same key finds them again without making them."""
+    """The examples as a table in the cache of `datasets`, where the same key finds them again without making them.
+
+    Raises UserError where the cache cannot be written.
+    """
 
     def rows() -> Iterator[dict[str, Any]]:
         for example in make():
-            yield {"ids": example.ids, "learnt": example.learnt, "length": len(example.ids), "start": example.start}
+            places = (len(example.ids), example.start, len(example.ids) - example.learnt[::-1].index(True))
+            yield {"ids": example.ids, "learnt": example.learnt, **dict(zip(PLACES, places, strict=True))}
 
     disable_progress_bars()
     try:
         return Dataset.from_generator(rows, features=FEATURES, fingerprint=key)
-    except DatasetGenerationError as error:
-        raise error.__cause__ or error from None
+    except (DatasetGenerationError, OSError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError):
+            raise UserError(f"the cache of datasets cannot be written: {cause}; set HF_DATASETS_CACHE.") from error
+        raise cause from None
 
 
 def key_of(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> str:
     """A digest of all that the tokens of rows depend on."""
     digest = hashlib.blake2b(digest_size=16)
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
-    kind = (CONVERSION, version("transformers"), type(tokenizer).__name__)
+    kind = (CONVERSION, FEATURES, version("transformers"), type(tokenizer).__name__)
     digest.update(repr((kind, tokenizer.chat_template, tokenizer.special_tokens_map, vocabulary)).encode())
     for row in rows:
         digest.update(json.dumps(row, default=repr).encode())

@@ -13,7 +13,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from ppo_rlhf.doctor.record import Record, change_of, latest, records_of
+from ppo_rlhf.doctor.change import change_of, latest
+from ppo_rlhf.records import Record, records_of
 
 EXACT = 1e-3  # how far the first ratio may be from 1 in float32, whose observed deviation is 7e-6
 ROUNDED = 0.1  # the same in bf16 and fp16: observed 5e-2
@@ -79,8 +80,12 @@ def first_ratio(record: Record) -> str | None:
 
 
 def _first_deviation(record: Record) -> float:
-    """Root mean square of log ρ before any step of an update, from its k3 estimate, the largest of the run."""
-    return math.sqrt(2 * max([0.0, *record.series("policy/first_kl")]))
+    """Root mean square of log ρ before any step of an update, from its k3 estimate, the largest of the run.
+
+    Of the first update alone where rollouts are sampled ahead: those after it are meant to differ.
+    """
+    deviations = record.series("policy/first_kl")
+    return math.sqrt(2 * max([0.0, *(deviations[:1] if record.setting("sample_ahead") else deviations)]))
 
 
 def _tolerance(record: Record) -> float:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ppo_rlhf.doctor.checks import Finding, examine
-from ppo_rlhf.doctor.record import records_of
+from ppo_rlhf.records import records_of
 
 
 def lines_of(findings: list[Finding]) -> list[str]:

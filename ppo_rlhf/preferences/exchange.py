@@ -26,10 +26,14 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # how published comparisons w
 
 
 def ranked_rows(choices: Sequence[Choice]) -> list[Row]:
-    """A row for each choice but the skipped: prompt as text, responses, ranks (1 the best), margin, annotator."""
+    """A row for each choice but the skipped: prompt as text, responses, ranks (1 the best), margin, annotator.
+
+    messages: the prompt where it is a chat, for models with a chat template.
+    """
     return [
         {
             "prompt": text_of(choice.pair.prompt),
+            "messages": None if isinstance(choice.pair.prompt, str) else choice.pair.prompt,
             "responses": choice.pair.responses,
             "ranks": choice.ranks,
             "margin": choice.margin,

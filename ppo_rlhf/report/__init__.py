@@ -1,5 +1,6 @@
-"""A leaf: reads a run's folder, writes one self-contained report.html into it."""
+"""A leaf: reads the folders of runs, writes one self-contained report.html."""
 
-from ppo_rlhf.report.page import outcome_lines, write_report
+from ppo_rlhf.report.outcome import outcome_lines
+from ppo_rlhf.report.page import write_report
 
 __all__ = ["outcome_lines", "write_report"]

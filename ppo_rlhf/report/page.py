@@ -1,170 +1,114 @@
-"""The report: the outcome in numbers, the curves, and samples before and after."""
+"""report.html: everything on one page, in one file, for a browser without a network."""
 
 from __future__ import annotations
 
-import io
 import json
-import math
+import os
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import Environment, FileSystemLoader, select_autoescape
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
+from markupsafe import Markup
 
 from ppo_rlhf.errors import UserError
+from ppo_rlhf.records import Record, records_of
+from ppo_rlhf.report import charts, control, curves, groups, outcome
+from ppo_rlhf.report.guide import GUIDE
+from ppo_rlhf.report.inspector import inspected
 
-STAGES = ("sft", "reward", "ppo")
-CURVES = {
-    "loss": "training loss",
-    "eval/loss": "held-out loss",
-    "eval/accuracy": "held-out accuracy",
-    "eval/gold_accuracy": "held-out accuracy against gold",
-    "objective/score": "score",
-    "objective/gold_score": "gold score",
-    "objective/kl": "KL to the reference, nats a response",
-    "objective/entropy": "entropy, nats a token",
-    "policy/clip_fraction": "clip fraction",
-    "policy/approx_kl": "KL(old‖new), nats a token",
-    "value/explained_variance": "explained variance",
-    "response/length": "response length, tokens",
-    "response/stop_rate": "stop rate",
-    "kl_coef": "KL coefficient",
-}
+HERE = Path(__file__).parent
+STAGE_NAMES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO"}
 
 
-def write_report(folder: Path) -> Path:
-    """report.html for a run's folder, or a pipeline's; → its path. Raises UserError for a folder that holds no run."""
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}.")
-    stages = [name for name in STAGES if (folder / name / "metrics.jsonl").exists()]
-    places = [(name, folder / name) for name in stages] or [(folder.name, folder)]
-    if not (places[0][1] / "metrics.jsonl").exists():
-        raise UserError(f"{folder} holds no run: it has no metrics.jsonl.")
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape())
-    page = environment.get_template("page.html").render(
-        title=folder.name,
-        outcome=outcome_lines(folder),
-        sections=[{"name": name, "curves": curves_of(path), "samples": samples_of(path)} for name, path in places],
-        config=(folder / "config.yaml").read_text(encoding="utf-8") if (folder / "config.yaml").exists() else "",
-    )
-    target = folder / "report.html"
-    target.write_text(page, encoding="utf-8")
+def write_report(
+    folders: Sequence[Path], output: Path | None = None, *, findings: Sequence[Mapping[str, Any]] | None = None
+) -> Path:
+    """Writes the report of one or more runs or pipelines; → its path, by default report.html in the first folder.
+
+    findings: the doctor's, as its `--json` gives them; None where it was not asked. Raises UserError for a folder that
+    holds no run, and for a file that cannot be written.
+    """
+    records = [record for folder in folders for record in records_of(folder)]
+    if not any(record.rows for record in records):
+        raise UserError(f"{folders[0]} holds no run: it has no metrics.jsonl.")
+    target = output or folders[0] / "report.html"
+    page = _page(records, findings)
+    partial = target.with_name(f"{target.name}.partial")
+    try:
+        partial.write_text(page, encoding="utf-8")
+        os.replace(partial, target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}.") from error
     return target
 
 
-def outcome_lines(folder: Path) -> list[str]:
-    """The outcome of a finished run in a few lines; empty while it is not finished."""
-    path = folder / "summary.json"
-    if not path.exists():
-        return []
-    summary = json.loads(path.read_text(encoding="utf-8"))
-    stages = {name: summary[name] for name in STAGES if isinstance(summary.get(name), dict)}
-    if not stages:
-        stages = {_stage_of(folder): summary}
-    seconds = summary["seconds"] if isinstance(summary["seconds"], dict) else {_stage_of(folder): summary["seconds"]}
-    return [_line(name, numbers) + f"  ({seconds[name]:.0f} s)" for name, numbers in stages.items()]
-
-
-def _line(stage: str, numbers: dict[str, Any]) -> str:
-    def shown(name: str, digits: str) -> str:
-        return _shown(numbers[name], digits)
-
-    if stage == "sft":
-        return f"sft:    held-out loss {shown('loss_before', '.3f')} → {shown('loss_after', '.3f')} nats a token"
-    if stage == "reward":
-        return (
-            f"reward: held-out pairs ordered right {shown('pairwise_accuracy', '.1%')}, "
-            f"calibration error {shown('calibration_error', '.3f')}"
-        )
-    gold = ""
-    if "gold_score_before" in numbers:
-        gold = f", gold score {shown('gold_score_before', '.2f')} → {shown('gold_score_after', '.2f')}"
-    return (
-        f"ppo:    score {shown('score_before', '.2f')} → {shown('score_after', '.2f')}{gold}, "
-        f"KL {shown('kl', '.1f')} nats a response, stop rate {shown('stop_rate', '.1%')}"
+def _page(records: Sequence[Record], findings: Sequence[Mapping[str, Any]] | None) -> str:
+    found = groups.groups_of(records)
+    names = list(dict.fromkeys(group.name for group in found))
+    stages = [(stage, list(members)) for stage, members in groupby(found, key=lambda group: group.stage)]
+    latest_first = [group for _, members in reversed(stages) for group in members]
+    pictures = [curves.frontier_charts([group for group in found if group.stage == "ppo"])]
+    pictures += [(control.charts_of if members[0].control else curves.curve_charts)(members) for _, members in stages]
+    names += control.level_names([chart for each in pictures for chart in each], found)
+    drawn = charts.draw([chart for each in pictures for chart in each], names)
+    places = iter(drawn.places)
+    frontier, *by_stage = [[(chart, next(places)) for chart in each] for each in pictures]
+    shown = groups.names_of(records)
+    environment = Environment(
+        loader=FileSystemLoader([HERE / "templates", HERE / "static"]),
+        autoescape=select_autoescape(),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html").render(
+        title=" · ".join(dict.fromkeys(group.stage if group.control else group.name for group in found)),
+        outcomes=[(group, _sentence(group)) for group in latest_first],
+        tiles=outcome.tiles_of(latest_first[0]) if len(stages[-1][1]) == 1 else [],  # else they are in the table
+        comparisons=[(_stage_name(stage), *_comparison(members)) for stage, members in stages if len(members) > 1],
+        frontier=frontier,
+        stages=[_stage(*stage, pairs) for stage, pairs in zip(stages, by_stage, strict=True)],
+        legend=list(zip(names, charts.colours_of(names), strict=True)),
+        library=drawn.library,
+        script=drawn.script,
+        tokens=any(not group.control for group in found),
+        by_environment=[(stage, _inline_json(each)) for stage, members in stages if (each := _policies(members))],
+        inspector=_inline_json(inspected(records, [shown[record.folder] for record in records])),
+        guide=GUIDE,
+        findings=findings,
+        configs=[(f"{shown[record.folder]}: {record.stage}", _yaml(record.config)) for record in records],
     )
 
 
-def _shown(number: float | None, digits: str) -> str:
-    """The number, or what stands for one that was not finite, which the run folder holds as null."""
-    return "not finite" if number is None else format(number, digits)
+def _sentence(group: groups.Group) -> str:
+    return control.sentence_of(group) if group.control else outcome.sentence_of(group)
 
 
-def _stage_of(folder: Path) -> str:
-    return json.loads((folder / "environment.json").read_text(encoding="utf-8"))["stage"]
+def _policies(members: Sequence[groups.Group]) -> list[dict[str, Any]]:
+    return [each for group in members if group.control and (each := control.pictures_of(group)) is not None]
 
 
-def curves_of(folder: Path) -> list[str]:
-    """An SVG picture for each metric of the run that has a curve; held-out values of a metric as dots beside it."""
-    rows = _lines(folder / "metrics.jsonl")
-    pictures = []
-    for name, label in CURVES.items():
-        points = _points(rows, name)
-        held_out = _points(rows, name.replace("objective/", "eval/"))
-        if len(points) > 1:
-            pictures.append(_picture(label, points, held_out if name.startswith("objective/") else []))
-    return pictures
+def _comparison(members: Sequence[groups.Group]) -> tuple[list[str], list[Any], list[Any]]:
+    settings = [(name, [_yaml(value).strip() for value in values]) for name, values in groups.differences(members)]
+    return [group.name for group in members], outcome.comparison_of(members), settings
 
 
-def _points(rows: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
-    """Steps and values of a metric; a value that was not finite leaves a gap."""
-    return [(row["step"], math.nan if row[name] is None else row[name]) for row in rows if name in row]
+def _stage(stage: str, members: Sequence[groups.Group], pairs: list[Any]) -> dict[str, Any]:
+    """One stage's section. Samples are those of the first run alone; those of PPO are in the inspector."""
+    samples = [] if stage == "ppo" else outcome.samples_of(members[0].records[0])
+    return {"name": _stage_name(stage), "anchor": stage or "run", "charts": pairs, "samples": samples}
 
 
-def _picture(label: str, points: list[tuple[float, float]], held_out: list[tuple[float, float]]) -> str:
-    figure = Figure(figsize=(4, 2.4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(*zip(*points, strict=True), linewidth=1.2, marker="o" if len(points) < 30 else "", markersize=3)
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o", markersize=4, label="held-out")
-        axes.legend(frameon=False, fontsize=8)
-    axes.set_title(label, fontsize=10)
-    axes.set_xlabel("step", fontsize=8)
-    axes.tick_params(labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :]
+def _stage_name(stage: str) -> str:
+    return STAGE_NAMES.get(stage, stage)
 
 
-def samples_of(folder: Path) -> list[list[tuple[str, str, str]]]:
-    """A row for each held-out sample, as it was before and after the run: cells of (heading, text, numbers)."""
-    rows = [row for row in _lines(folder / "samples.jsonl") if row["kind"] == "held-out"]
-    if not rows:
-        return []
-    before, after = ([row for row in rows if row["step"] == step] for step in (rows[0]["step"], rows[-1]["step"]))
-    return [_cells(*sides) for sides in zip(before, after, strict=False)]  # a run cut short may have written fewer
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True).removesuffix("...\n")
 
 
-def _cells(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str]]:
-    prompt = ("prompt", before["prompt"], "")
-    if "chosen" in before:
-        return [
-            prompt,
-            *(
-                (side, before[side], f"score {_shown(before[score], '.2f')} → {_shown(after[score], '.2f')}")
-                for side, score in (("chosen", "chosen_score"), ("rejected", "rejected_score"))
-            ),
-        ]
-    demonstration = [("demonstration", before["demonstration"], "")] if "demonstration" in before else []
-    sides = [(when, row["response"], _numbers_of(row)) for when, row in (("before", before), ("after", after))]
-    return [prompt, *demonstration, *sides]
-
-
-def _numbers_of(response: dict[str, Any]) -> str:
-    numbers = [
-        f"{label} {_shown(response[name], digits)}{unit}"
-        for name, label, digits, unit in (
-            ("score", "score", ".2f", ""),
-            ("gold_score", "gold", ".2f", ""),
-            ("kl", "KL", ".1f", " nats"),
-        )
-        if name in response
-    ]
-    return ", ".join(numbers if response["finished"] else [*numbers, "cut off"])
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+def _inline_json(value: Any) -> Markup:
+    """JSON for inside a script element, which no text in it can end."""
+    return Markup(json.dumps(value, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c"))

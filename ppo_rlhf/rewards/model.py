@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_rlhf.data import first_ids
+from ppo_rlhf.data import prompt_and_response_ids
 from ppo_rlhf.errors import UserError
+from ppo_rlhf.messages import Message
 from ppo_rlhf.models import (
     context_length,
     evaluating,
@@ -123,36 +124,33 @@ class RewardModel:
         self.classifier.config.reward_mean = mean
         self.classifier.config.reward_scale = scale
 
-    def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
+    def encode(
+        self, prompts: Sequence[str], responses: Sequence[str], messages: Sequence[list[Message]] | None = None
+    ) -> list[list[int]]:
         """Token ids of prompt + response + eos. What does not fit in the context is cut from the prompt's beginning.
 
         Raises UserError for a response that alone does not fit. With a chat template it is the template that says what
-        stands around and between the two, and the whole is cut at its beginning.
+        stands around and between the two, and the whole is cut at its beginning; messages are then the prompts where
+        these are conversations.
         """
         if self.chat_template:
-            return self._encode_chats(prompts, responses)
+            asked = messages or [[{"role": "user", "content": prompt}] for prompt in prompts]
+            return self._encode_chats(asked, responses)
         longest = context_length(self.classifier)
         encoded = []
-        for prompt, response in self.encode_apart(prompts, responses):
+        for prompt, response in prompt_and_response_ids(self.tokenizer, prompts, responses):
             if len(response) > longest:
                 raise UserError(f"a response of {len(response) - 1} tokens does not fit the reward model's {longest}.")
             encoded.append([*prompt, *response][-longest:])
         return encoded
 
-    def _encode_chats(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
+    def _encode_chats(self, asked: Sequence[list[Message]], responses: Sequence[str]) -> list[list[int]]:
         chats = [
-            [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-            for prompt, response in zip(prompts, responses, strict=True)
+            [*messages, {"role": "assistant", "content": response}]
+            for messages, response in zip(asked, responses, strict=True)
         ]
         encoded: Any = self.tokenizer.apply_chat_template(chats, return_dict=True)
         return [ids[-context_length(self.classifier) :] for ids in encoded["input_ids"]]
-
-    def encode_apart(self, prompts: Sequence[str], responses: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        """Token ids of each prompt, and of its response with eos: their border is always a token border."""
-        eos = int(self.tokenizer.eos_token_id)
-        response_ids = self.tokenizer(list(responses), add_special_tokens=False)["input_ids"]
-        pairs = zip(prompts, response_ids, strict=True)
-        return [(first_ids(self.tokenizer, prompt), [*response, eos]) for prompt, response in pairs]
 
     @torch.no_grad()
     def raw_scores(self, encoded: Sequence[Sequence[int]]) -> Tensor:
@@ -167,4 +165,5 @@ class RewardModel:
 
     def __call__(self, prompts: list[str], responses: list[str], **columns: Any) -> Tensor:
         """Normalised scores, (N,) float32."""
-        return (self.raw_scores(self.encode(prompts, responses)) - self.mean) / self.scale
+        raw = self.raw_scores(self.encode(prompts, responses, columns.get("messages")))
+        return (raw - self.mean) / self.scale

@@ -17,7 +17,7 @@ from typing import Any
 from ppo_rlhf.errors import UserError, did_you_mean
 
 # A sign after a digit or a bracket is an operator; an exponent of more than two digits would be more than a number.
-NUMBER = re.compile(r"(?:(?<![\w)])[-+])?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][-+]?\d{1,2}\b)?")
+NUMBER = re.compile(r"(?:(?<![\w)])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,2}\b)?")
 LONGEST_NUMBER = 1000  # characters
 OPERATIONS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add,

@@ -32,7 +32,7 @@ class LoopState:
     after: dict[str, float] = field(default_factory=dict)  # the evaluation of the best model so far
     best: float = -math.inf  # its quality, higher is better
     score_moments: tuple[float, float, float] = (0.0, 0.0, 0.0)  # by which scores are normalised: mean, variance, count
-    tensors: dict[str, Tensor] = field(default_factory=dict)  # where a loop's environments stand
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # of environments, or of a rollout sampled ahead
 
 
 @contextmanager

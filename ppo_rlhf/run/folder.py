@@ -36,8 +36,18 @@ from ppo_rlhf.run.progress import StepProgress
 from ppo_rlhf.run.stopping import StopRequest
 
 # What a resumed run may change, for it changes nothing that is trained; and how long it trains, until it is finished.
-HOW_OFTEN = {"output_dir", "resume", "eval_every", "save_every", "keep_checkpoints", "log_with", "max_skips"}
+HOW_OFTEN = {
+    "output_dir",
+    "resume",
+    "eval_every",
+    "save_every",
+    "keep_checkpoints",
+    "log_with",
+    "max_skips",
+    "pictures",
+}
 HOW_LONG = {"num_steps", "num_epochs"}
+GROWING = ("metrics.jsonl", "samples.jsonl", "bad_samples.jsonl", "policy_pictures.jsonl")  # a step in each line
 SAMPLES_KEPT = 8  # of each evaluation
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy", "gymnasium")
 
@@ -150,9 +160,19 @@ class Run:
     """One run folder being written, as a context: `with Run(…) as run:`. Only the main process writes; all call."""
 
     def __init__(
-        self, folder: Path, config: Any, *, kind: str, accelerator: Accelerator, num_steps: int, started: float
+        self,
+        folder: Path,
+        config: Any,
+        *,
+        kind: str,
+        accelerator: Accelerator,
+        num_steps: int,
+        started: float,
+        quiet: bool = False,
     ) -> None:
-        """Makes the folder, or takes up the run in it. started: time.monotonic() when the stage began."""
+        """Makes the folder, or takes up the run in it. started: time.monotonic() when the stage began. quiet: shows no
+        progress.
+        """
         self.folder = folder
         self.config = config
         self.accelerator = accelerator
@@ -172,13 +192,13 @@ class Run:
         accelerator.wait_for_everyone()
         if accelerator.log_with:
             accelerator.init_trackers(kind)
-        self.progress = StepProgress(kind, num_steps, enabled=accelerator.is_main_process)
+        self.progress = StepProgress(kind, num_steps, enabled=accelerator.is_main_process, quiet=quiet)
 
     def resume(self) -> LoopState | None:
         """Loads the last good checkpoint and forgets what was logged after it; None where there is none."""
         state = load_checkpoint(self.folder / "checkpoints", self.accelerator)
         if self.accelerator.is_main_process:
-            for name in ("metrics.jsonl", "samples.jsonl", "bad_samples.jsonl"):
+            for name in GROWING:
                 _keep_lines_until(self.folder / name, state.step if state else -1)
         self.accelerator.wait_for_everyone()
         return state
@@ -214,6 +234,10 @@ class Run:
     def log_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Lines of samples.jsonl, each with its step."""
         self._append("samples.jsonl", rows)
+
+    def log_policy_picture(self, step: int, picture: Mapping[str, Any]) -> None:
+        """A line of policy_pictures.jsonl: what a control policy does over its environment's state."""
+        self._append("policy_pictures.jsonl", [{"step": step, **picture}])
 
     def log_bad_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Lines of bad_samples.jsonl: what a skipped step was to learn from, each with its step."""

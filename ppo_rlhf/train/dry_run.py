@@ -30,7 +30,7 @@ def dry_run(config: PPOConfig) -> list[dict[str, Any]]:
         responses = sample(parts.model.language_model, parts.tokenizer, prompts, config.sampling, noise)
     columns = parts.prompts.columns_of(rows)
     found = {
-        name: scores_of(reward, prompts, responses, columns, parts.tokenizer, must_be_finite=True)
+        name: scores_of(reward, prompts.texts, responses, columns, parts.tokenizer, must_be_finite=True)
         for name, reward in (("score", parts.reward), ("gold_score", parts.gold))
         if reward is not None
     }

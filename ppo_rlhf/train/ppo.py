@@ -1,9 +1,13 @@
-"""PPO on a language model: prompts ► sample ► evaluate ► score ► shape ► gae ► whiten ► update ► adapt ► log ► save."""
+"""PPO on a language model: prompts ► sample ► evaluate ► score ► shape ► gae ► whiten ► update ► adapt ► log ► save.
+
+`collect` goes as far as the scores, `learn` the rest of the way; `sample_ahead` collects the next rollout in between.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Any
 
@@ -12,31 +16,37 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_rlhf.compute import Compute, peak_memory_gib, set_up_products
-from ppo_rlhf.config import MissingEOS, PPOConfig
+from ppo_rlhf.compute import Compute, peak_memory_gib, reset_peak_memory, set_up_products
+from ppo_rlhf.config import PPOConfig
 from ppo_rlhf.core import (
     Experience,
     adapt_kl_coef_proportional,
     approx_kl,
-    gae,
-    kl_shaped_rewards,
     unit_variance,
     whiten,
 )
-from ppo_rlhf.data import stream
+from ppo_rlhf.micro_batches import MicroBatch
 from ppo_rlhf.models import save_value_head
 from ppo_rlhf.optimizer import learning_rate, make_optimizer, set_learning_rate
-from ppo_rlhf.rewards import RewardFunction, Scores, reference_moments, shaped, with_batch
+from ppo_rlhf.rewards import RewardFunction, Scores, reference_moments, with_batch
 from ppo_rlhf.rollout import Rollout, evaluate
 from ppo_rlhf.run import LoopState, Run, begin, share_of, whole_weights
 from ppo_rlhf.sampling import sample, warn_of_truncation
 from ppo_rlhf.seeding import keyed_generator, uniform_rows
 from ppo_rlhf.train import Callback
 from ppo_rlhf.train.bad_samples import bad_samples
+from ppo_rlhf.train.ppo_batch import Batch, Scoring, prompts_of, restored_batch, scoring_thread, tensors_of
+from ppo_rlhf.train.ppo_credit import response_gae, token_rewards
 from ppo_rlhf.train.ppo_evaluation import evaluate_held_out, summary_of
 from ppo_rlhf.train.ppo_parts import Parts, load_parts
-from ppo_rlhf.train.ppo_records import Clock, multiplied_type, rollout_metrics, sample_rows, throughput_metrics
-from ppo_rlhf.train.scoring import scores_of
+from ppo_rlhf.train.ppo_records import (
+    Clock,
+    multiplied_type,
+    recorded_logprobs,
+    rollout_metrics,
+    sample_rows,
+    throughput_metrics,
+)
 from ppo_rlhf.update import ppo_update
 
 
@@ -66,12 +76,12 @@ def train(
     compute = set_up_products(start.matmul_precision, accelerator.device, multiplied_type(accelerator))
     parts = load_parts(config, accelerator, policy, tokenizer, reference, reward, gold, prompts)
     # Before the folder is made: a reward function that fails leaves nothing behind.
-    before = None if config.resume else evaluate_held_out(parts, config, accelerator)
+    before = None if config.resume else evaluate_held_out(parts, config, accelerator, kl_coef=config.kl_coef)
     model, optimizer = accelerator.prepare(parts.model, make_optimizer(parts.model, config.optimizer))
-    with start.run(num_steps=config.num_steps) as run:
+    with start.run(num_steps=config.num_steps) as run, scoring_thread() as worker:
         state = run.resume()
         if state is None:
-            before = before or evaluate_held_out(parts, config, accelerator)
+            before = before or evaluate_held_out(parts, config, accelerator, kl_coef=config.kl_coef)
             state = LoopState(kl_coef=config.kl_coef, before=before.metrics)
             if config.score_shaping.normalize == "reference":
                 state = replace(state, score_moments=reference_moments(before.metrics, len(before.rows)))
@@ -79,15 +89,20 @@ def train(
             run.log_held_out(0, before.rows)
         for line in (compute.message, *parts.prompts.told()):
             run.progress.tell(line)
+        ahead = restored_batch(state.tensors, state.step, parts, config, accelerator)
 
         while state.step < config.num_steps:
-            clock = Clock()
+            reset_peak_memory(accelerator.device)
+            batch = ahead or collect(state.step, model, parts, config, accelerator, worker)
+            ahead = None
+            if config.sample_ahead and state.step + 1 < config.num_steps:
+                ahead = collect(state.step + 1, model, parts, config, accelerator, worker)
             set_learning_rate(optimizer, learning_rate(config.optimizer, state.step, config.num_steps))
-            state, metrics, samples, bad = ppo_step(state, model, optimizer, parts, config, accelerator, clock, compute)
+            state, metrics, samples, bad = learn(batch, state, model, optimizer, parts, config, accelerator, compute)
             run.log_samples(samples)
             run.log_bad_samples(bad)
             kl_coef = next_kl_coef(state.kl_coef, metrics["objective/kl"], config)
-            state = replace(state, step=state.step + 1, kl_coef=kl_coef)
+            state = replace(state, step=state.step + 1, kl_coef=kl_coef, tensors=tensors_of(ahead))
             state = evaluate_and_save(run, state, metrics, parts, config)
             for callback in callbacks:
                 callback(state.step, metrics)
@@ -102,27 +117,29 @@ def train(
         return run.finish(summary)
 
 
-def ppo_step(
-    state: LoopState,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    parts: Parts,
-    config: PPOConfig,
-    accelerator: Accelerator,
-    clock: Clock,
-    compute: Compute,
-) -> tuple[LoopState, dict[str, float], list[dict[str, Any]], list[dict[str, Any]]]:
-    """One rollout and its update; → the state with what was learnt of the scores, the step's metrics, rows for
-    samples.jsonl, and those that spoilt the update.
-    """
-    step, size = state.step, config.batch_size
-    mine = share_of(size, accelerator)
-    rows = stream(len(parts.prompts), step * size, (step + 1) * size, config.seed)[mine].tolist()
-    prompts = parts.prompts.batch(rows, accelerator.device)
-    noise = uniform_rows(list(range(size))[mine], config.sampling.max_new_tokens, config.seed, "sample", step)
+def collect(
+    step: int, model: nn.Module, parts: Parts, config: PPOConfig, accelerator: Accelerator, worker: Executor
+) -> Batch:
+    """prompts ► sample ► evaluate ► score: a rollout of the policy as it is now. Its scores may be under way still."""
+    clock = Clock()
+    prompts = prompts_of(step, parts, config, accelerator)
+    places = range(config.batch_size)[share_of(config.batch_size, accelerator)]
+    noise = uniform_rows(list(places), config.sampling.max_new_tokens, config.seed, "sample", step)
+    early = config.overlap_scoring > 0
+    scoring = Scoring(prompts, parts, worker if early or config.sample_ahead else None)
     with accelerator.autocast():
         with whole_weights(model):
-            responses = sample(parts.model.language_model, parts.tokenizer, prompts, config.sampling, noise)
+            responses = sample(
+                parts.model.language_model,
+                parts.tokenizer,
+                prompts,
+                config.sampling,
+                noise,
+                on_finished=scoring.add if early else None,
+                group_size=config.overlap_scoring,
+            )
+        if not early:
+            scoring.add(range(len(prompts)), responses)
         clock.lap("sample")
 
         def evaluated(batch_size: int) -> Rollout:
@@ -131,23 +148,80 @@ def ppo_step(
 
         rollout = parts.micro_batch.fitting(evaluated, len(prompts))
         clock.lap("evaluate")
-    columns = parts.prompts.columns_of(rows)
+    return Batch(prompts, responses, rollout, scoring.scores, clock)
 
-    def scored(reward: RewardFunction) -> Scores:
-        # One that is not finite makes all advantages NaN, and all of the update's steps are skipped.
-        return scores_of(reward, prompts, responses, columns, parts.tokenizer, must_be_finite=False)
 
-    scores = scored(parts.reward)
-    gold = scored(parts.gold) if parts.gold is not None else None
+def learn(
+    batch: Batch,
+    state: LoopState,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    parts: Parts,
+    config: PPOConfig,
+    accelerator: Accelerator,
+    compute: Compute,
+) -> tuple[LoopState, dict[str, float], list[dict[str, Any]], list[dict[str, Any]]]:
+    """shape ► gae ► whiten ► update; → the state with what was learnt of the scores, the step's metrics, rows for
+    samples.jsonl, and those that spoilt the update.
+    """
+    prompts, responses, rollout, clock = batch.prompts, batch.responses, batch.rollout, batch.clock
+    clock.go_on()
+    scores, *gold_scores = (found.to(accelerator.device) for found in batch.scores())
+    gold = gold_scores[0] if gold_scores else None
     clock.lap("score")
+    after_epochs: list[Tensor] = []  # log π of the recorded responses
+    state, rewards, experience, statistics = improve(
+        rollout,
+        scores,
+        responses.finished,
+        state,
+        model,
+        optimizer,
+        parts.micro_batch,
+        config,
+        accelerator,
+        after_epoch=lambda: after_epochs.append(recorded_logprobs(model, rollout)),
+    )
+    clock.lap("update")
 
+    step = state.step + 1
+    metrics = rollout_metrics(rollout, experience, scores, gold, rewards, responses, accelerator)
+    metrics |= statistics | clock.metrics(metrics["response/length"] * config.batch_size)
+    metrics |= throughput_metrics(rollout, metrics, parts.model, parts.reference, config, compute)
+    metrics["memory/peak_gib"] = peak_memory_gib(accelerator.device)
+    metrics |= {"kl_coef": state.kl_coef, "lr": optimizer.param_groups[0]["lr"], "episodes": step * config.batch_size}
+    kl = torch.where(rollout.mask, rollout.logprobs - rollout.ref_logprobs, 0).sum(1)
+    known = {"score": scores.total, **({} if gold is None else {"gold_score": gold.total}), "kl": kl}
+    samples = sample_rows(prompts, responses, known, rollout, rewards, experience, after_epochs, parts.tokenizer)
+    samples = [{"step": step, "kind": "rollout", "kl_coef": state.kl_coef, **row} for row in samples]
+    bad = []
+    if metrics["skipped_steps"]:
+        bad = bad_samples(step, prompts, responses, scores.total, rollout, experience)
+    return state, metrics, samples, bad
+
+
+def improve(
+    rollout: Rollout,
+    scores: Scores,
+    finished: Tensor,
+    state: LoopState,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    micro_batch: MicroBatch,
+    config: PPOConfig,
+    accelerator: Accelerator,
+    *,
+    after_epoch: Callable[[], None] | None = None,
+) -> tuple[LoopState, Tensor, Experience, dict[str, float]]:
+    """Improves the policy on a scored rollout; → the state with what was learnt of the scores, the rewards (B, T), what
+    was trained on, and the update's statistics. finished (B,): responses that were not cut off.
+    """
     kl = approx_kl(rollout.logprobs, rollout.ref_logprobs, "k1")  # unbiased in the reward, where no gradient flows
     if config.score_shaping.normalize == "running":
         moments = with_batch(state.score_moments, scores.total, sum_across=accelerator.reduce)
         state = replace(state, score_moments=moments)
-    paid = shaped(scores, rollout.mask.sum(1), config.score_shaping, state.score_moments)
-    total = missing_eos_rule(paid.total, responses.finished, config.missing_eos)
-    rewards = kl_shaped_rewards(total, kl, rollout.mask, kl_coef=state.kl_coef, dense=paid.dense)
+    mask, moments = rollout.mask, state.score_moments
+    rewards = token_rewards(scores, kl, mask, finished, config, moments=moments, kl_coef=state.kl_coef)
     experience = experience_of(rollout, rewards, config, accelerator)
     statistics = ppo_update(
         model,
@@ -155,34 +229,19 @@ def ppo_step(
         experience,
         config.ppo,
         accelerator=accelerator,
-        generator=keyed_generator(config.seed, "shuffle", step, accelerator.process_index),
-        micro_batch=parts.micro_batch,
+        generator=keyed_generator(config.seed, "shuffle", state.step, accelerator.process_index),
+        micro_batch=micro_batch,
+        after_epoch=after_epoch,
     )
-    clock.lap("update")
-
-    metrics = rollout_metrics(rollout, experience, scores, gold, rewards, responses, accelerator)
-    metrics |= statistics | clock.metrics(metrics["response/length"] * size)
-    metrics |= throughput_metrics(rollout, metrics, parts.model, parts.reference, config, compute)
-    metrics["memory/peak_gib"] = peak_memory_gib(accelerator.device)
-    metrics |= {"kl_coef": state.kl_coef, "lr": optimizer.param_groups[0]["lr"], "episodes": (step + 1) * size}
-    samples = sample_rows(step + 1, prompts, responses, scores.total, rollout, rewards, experience, parts.tokenizer)
-    bad = []
-    if metrics["skipped_steps"]:
-        bad = bad_samples(step + 1, prompts, responses, scores.total, rollout, experience)
-    return state, metrics, samples, bad
+    return state, rewards, experience, statistics
 
 
 def experience_of(rollout: Rollout, rewards: Tensor, config: PPOConfig, accelerator: Accelerator) -> Experience:
-    """Rewards ► advantages and returns ► whitened advantages, over all processes.
-
-    A response is terminated at its last generated token, whether it stopped or was cut off.
-    """
+    """Rewards ► advantages and returns ► whitened advantages, over all processes."""
     mask = rollout.mask
     if config.whiten_rewards:
         rewards = unit_variance(rewards, mask, sum_across=accelerator.reduce)
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    last = positions == torch.where(mask, positions, -1).max(dim=1, keepdim=True).values
-    advantages, returns = gae(rewards, rollout.values, last, last, gamma=config.gamma, lam=config.gae_lambda)
+    advantages, returns = response_gae(rewards, rollout.values, mask, gamma=config.gamma, lam=config.gae_lambda)
     return Experience(
         inputs=rollout.inputs,
         logprobs=rollout.logprobs,
@@ -191,15 +250,6 @@ def experience_of(rollout: Rollout, rewards: Tensor, config: PPOConfig, accelera
         returns=returns,
         mask=mask,
     )
-
-
-def missing_eos_rule(scores: Tensor, finished: Tensor, rule: MissingEOS) -> Tensor:
-    """The scores as paid: those of responses that were cut off are set to a value, or lowered by it. All (B,)."""
-    if rule.rule == "set":
-        return torch.where(finished, scores, rule.value)
-    if rule.rule == "subtract":
-        return torch.where(finished, scores, scores - rule.value)
-    return scores
 
 
 def next_kl_coef(kl_coef: float, kl: float, config: PPOConfig) -> float:
@@ -217,7 +267,14 @@ def evaluate_and_save(
     """The end of a step: evaluation where one is due, the best policy kept, metrics logged, a checkpoint where due."""
     last = state.step == config.num_steps
     if last or (config.eval_every and state.step % config.eval_every == 0):
-        outcome = evaluate_held_out(parts, config, run.accelerator, moments=state.score_moments, must_be_finite=False)
+        outcome = evaluate_held_out(
+            parts,
+            config,
+            run.accelerator,
+            kl_coef=state.kl_coef,
+            moments=state.score_moments,
+            must_be_finite=False,
+        )
         metrics |= outcome.metrics
         run.log_held_out(state.step, outcome.rows)
         state = replace(state, after=outcome.metrics)

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from ppo_rlhf.config import PPOConfig
 from ppo_rlhf.models import evaluating
-from ppo_rlhf.policy import response_logprobs
+from ppo_rlhf.policy import Inputs, response_logprobs
 from ppo_rlhf.rewards import RewardFunction, ScoreMoments, Scores, shaped
 from ppo_rlhf.rollout import inputs_of
-from ppo_rlhf.run import gathered, share_of, whole_weights
+from ppo_rlhf.run import SAMPLES_KEPT, gathered, share_of, whole_weights
 from ppo_rlhf.sampling import sample
 from ppo_rlhf.seeding import uniform_rows
+from ppo_rlhf.train.ppo_credit import response_gae, token_rewards
 from ppo_rlhf.train.ppo_parts import Parts
+from ppo_rlhf.train.ppo_records import token_numbers
 from ppo_rlhf.train.scoring import scores_of
 
 NUM_BIGRAMS = 3000  # of distinct_2, so that it compares samples of different lengths at equal counts
@@ -40,21 +42,23 @@ def evaluate_held_out(
     config: PPOConfig,
     accelerator: Accelerator,
     *,
+    kl_coef: float,
     moments: ScoreMoments = (0.0, 1.0, 0.0),
     must_be_finite: bool = True,
 ) -> Outcome:
     """Samples a response to every held-out prompt, at the run's temperature, and measures what the run is about.
 
     Scores are raw: before they are shaped, the rule for a missing eos and the KL penalty. KL is per response, in nats.
-    moments: by which they are normalised for the quality. must_be_finite: a score that is not raises UserError, as it
-    should before a run and not in its tenth hour.
+    moments: by which they are normalised for the quality. kl_coef: β of the rewards that the first few responses are
+    shown with, token by token. must_be_finite: a score that is not raises UserError, as it should before a run and not
+    in its tenth hour.
     """
     numbers = range(len(parts.eval_prompts))[share_of(len(parts.eval_prompts), accelerator)]
     rows: list[dict[str, Any]] = []
     with accelerator.autocast(), evaluating(parts.model), whole_weights(parts.model):
         for start in range(0, len(numbers), config.sampling.batch_size):
             batch = list(numbers[start : start + config.sampling.batch_size])
-            rows += _evaluate_batch(batch, parts, config, accelerator, must_be_finite)
+            rows += _evaluate_batch(batch, parts, config, accelerator, moments, kl_coef, must_be_finite)
     rows = gathered(rows)
     scores = torch.tensor([row["score"] for row in rows])
     metrics = {
@@ -78,7 +82,13 @@ def evaluate_held_out(
 
 
 def _evaluate_batch(
-    numbers: list[int], parts: Parts, config: PPOConfig, accelerator: Accelerator, must_be_finite: bool
+    numbers: list[int],
+    parts: Parts,
+    config: PPOConfig,
+    accelerator: Accelerator,
+    moments: ScoreMoments,
+    kl_coef: float,
+    must_be_finite: bool,
 ) -> list[dict[str, Any]]:
     model, temperature = parts.model.language_model, config.sampling.temperature
     prompts = parts.eval_prompts.batch(numbers, accelerator.device)
@@ -87,16 +97,17 @@ def _evaluate_batch(
     columns = parts.eval_prompts.columns_of(numbers)
 
     def scored(reward: RewardFunction) -> Scores:
-        return scores_of(reward, prompts, responses, columns, parts.tokenizer, must_be_finite=must_be_finite)
+        return scores_of(reward, prompts.texts, responses, columns, parts.tokenizer, must_be_finite=must_be_finite)
 
     scores = scored(parts.reward)
     gold = scored(parts.gold).total.tolist() if parts.gold is not None else None
     inputs = inputs_of(prompts, responses)
     logprobs = response_logprobs(model, inputs, temperature=temperature)
     ref_logprobs = response_logprobs(parts.reference, inputs, temperature=temperature)
-    kl = torch.where(responses.mask, logprobs - ref_logprobs, 0).sum(1).tolist()
+    log_ratio = torch.where(responses.mask, logprobs - ref_logprobs, 0)
+    kl = log_ratio.sum(1).tolist()
     lengths, finished = responses.mask.sum(1).tolist(), responses.finished.tolist()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for row in range(len(numbers)):
         rows.append(
             {
@@ -110,7 +121,24 @@ def _evaluate_batch(
                 "finished": finished[row],
             }
         )
+    kept = sum(number < SAMPLES_KEPT for number in numbers)  # what samples.jsonl shows, token by token
+    if kept:
+        rewards = token_rewards(
+            scores, log_ratio, responses.mask, responses.finished, config, moments=moments, kl_coef=kl_coef
+        )
+        per_token = {"logprobs": logprobs[:kept], "ref_logprobs": ref_logprobs[:kept], "rewards": rewards[:kept]}
+        per_token |= _judged({name: x[:kept] for name, x in inputs.items()}, rewards[:kept], parts, config)
+        for row in range(kept):
+            rows[row] |= {"kl_coef": kl_coef, **token_numbers(row, responses, per_token, parts.tokenizer)}
     return rows
+
+
+def _judged(inputs: Inputs, rewards: Tensor, parts: Parts, config: PPOConfig) -> dict[str, Tensor]:
+    """What PPO would make of each token, were it to train on it; advantages are those before whitening. (B, T) each."""
+    evaluation, mask = parts.model(**inputs), inputs["response_mask"]
+    values = torch.cat([evaluation.values, evaluation.values.new_zeros(len(mask), 1)], dim=1)
+    advantages, returns = response_gae(rewards, values, mask, gamma=config.gamma, lam=config.gae_lambda)
+    return {"entropy": evaluation.entropy, "values": evaluation.values, "advantages": advantages, "returns": returns}
 
 
 def rank_correlation(one: Tensor, other: Tensor) -> float:

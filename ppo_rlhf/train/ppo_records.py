@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,35 +14,42 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppo_rlhf.compute import Compute, num_multiplied
 from ppo_rlhf.config import PPOConfig
 from ppo_rlhf.core import Experience, explained_variance, masked_moments, masked_sum
-from ppo_rlhf.models import has_plain_head
+from ppo_rlhf.models import evaluating, has_plain_head
 from ppo_rlhf.packing import can_pack
 from ppo_rlhf.policy import PolicyWithValue, ResponseTokens
 from ppo_rlhf.prompts import PromptBatch
 from ppo_rlhf.rewards import Scores
 from ppo_rlhf.rollout import Rollout
 from ppo_rlhf.sampling import Responses
-from ppo_rlhf.train.scoring import token_texts
 
 SAMPLES_PER_STEP = 2
-DIGITS = 5  # of per-token numbers in samples.jsonl
+DIGITS = 6  # of per-token numbers in samples.jsonl
+REPLACEMENT = "\ufffd"  # what bytes decode to that are no character
+LONGEST_RUN = 8  # tokens: two characters of four bytes
 
 
 class Clock:
-    """Seconds by phase of one step."""
+    """Seconds by phase of one rollout and its update."""
 
-    def __init__(self) -> None:
-        self._start = self._last = time.perf_counter()
-        self._laps: dict[str, float] = {}
+    def __init__(self, laps: Mapping[str, float] | None = None) -> None:
+        """laps: what has passed of each phase already."""
+        self.laps: dict[str, float] = dict(laps or {})
+        self.go_on()
+
+    def go_on(self) -> None:
+        """What passed since the last lap belongs to no phase of this rollout."""
+        self._last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
         """The time since the last lap belongs to this phase."""
         now = time.perf_counter()
-        self._laps[f"time/{phase}"] = now - self._last
+        self.laps[phase] = now - self._last
         self._last = now
 
     def metrics(self, tokens: float) -> dict[str, float]:
         """Seconds by phase, and response tokens a second over all of them."""
-        return {**self._laps, "tokens_per_second": tokens / (self._last - self._start)}
+        seconds = {f"time/{phase}": x for phase, x in self.laps.items()}
+        return {**seconds, "tokens_per_second": tokens / sum(seconds.values())}
 
 
 def rollout_metrics(
@@ -161,17 +169,30 @@ def multiplied_type(accelerator: Accelerator) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
 
 
+@torch.no_grad()
+def recorded_logprobs(policy: nn.Module, rollout: Rollout) -> Tensor:
+    """log π of the responses that samples.jsonl records, by the policy as it is now. → (SAMPLES_PER_STEP, T).
+
+    In evaluation mode, so that nothing random is drawn and a run with or without it trains the same.
+    """
+    with evaluating(policy):
+        return policy(**{name: tensor[:SAMPLES_PER_STEP] for name, tensor in rollout.inputs.items()}).logprobs
+
+
 def sample_rows(
-    step: int,
     prompts: PromptBatch,
     responses: Responses,
-    scores: Tensor,
+    known: dict[str, Tensor],
     rollout: Rollout,
     rewards: Tensor,
     experience: Experience,
+    after_epochs: Sequence[Tensor],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict[str, Any]]:
-    """The first few responses of a rollout, with everything PPO knew of each of their tokens."""
+    """The first few responses of a rollout, with everything PPO knew of each of their tokens.
+
+    known: (B,) numbers of whole responses by name. after_epochs: (SAMPLES_PER_STEP, T) log π after each epoch.
+    """
     per_token = {
         "logprobs": rollout.logprobs,
         "ref_logprobs": rollout.ref_logprobs,
@@ -186,17 +207,49 @@ def sample_rows(
         kept = responses.mask[row]
         rows.append(
             {
-                "step": step,
-                "kind": "rollout",
                 "prompt": prompts.texts[row],
                 "response": responses.texts[row],
                 "finished": bool(responses.finished[row]),
-                "score": round(float(scores[row]), DIGITS),
-                "tokens": token_texts(tokenizer, responses, row),
-                **{
-                    name: [round(value, DIGITS) for value in tensor[row][kept].tolist()]
-                    for name, tensor in per_token.items()
-                },
+                **{name: round(float(tensor[row]), DIGITS) for name, tensor in known.items()},
+                **token_numbers(row, responses, per_token, tokenizer),
+                "new_logprobs": [_rounded(logprobs[row][kept]) for logprobs in after_epochs],
             }
         )
     return rows
+
+
+def token_numbers(
+    row: int, responses: Responses, per_token: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """One response's ids, its tokens as text, and its share of each (B, T) tensor; `fragments` where there are some."""
+    kept = responses.mask[row]
+    ids = responses.ids[row][kept].tolist()
+    found = fragments(ids, tokenizer)
+    return {
+        "ids": ids,
+        "tokens": [tokenizer.decode([token]) for token in ids],
+        **({"fragments": found} if found else {}),
+        **{name: _rounded(tensor[row][kept]) for name, tensor in per_token.items()},
+    }
+
+
+def fragments(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int, str]]:
+    """Runs of tokens that are characters only together, as the bytes of 你 in three: (first, how many, their text).
+
+    A token alone reads as U+FFFD there. Bytes that make no character with any of the few that follow are left out.
+    """
+    found = []
+    start = 0
+    while start < len(ids):
+        size = 1
+        if REPLACEMENT in tokenizer.decode([ids[start]]):
+            texts = {size: str(tokenizer.decode(ids[start : start + size])) for size in range(2, LONGEST_RUN + 1)}
+            size = next((size for size, text in texts.items() if REPLACEMENT not in text), 1)
+            if size > 1:
+                found.append((start, size, texts[size]))
+        start += size
+    return found
+
+
+def _rounded(numbers: Tensor) -> list[float]:
+    return [round(number, DIGITS) for number in numbers.tolist()]

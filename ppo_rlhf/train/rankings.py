@@ -10,11 +10,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from ppo_rlhf.data import Rows, text_column
+from ppo_rlhf.data import Rows, prompt_and_response_ids, text_column
 from ppo_rlhf.errors import UserError, did_you_mean
-from ppo_rlhf.models import context_length
-from ppo_rlhf.rewards import RewardModel
 from ppo_rlhf.settings import Ties
 
 
@@ -40,6 +39,13 @@ class EncodedRankings:
 
     def __len__(self) -> int:
         return len(self.rankings)
+
+    def told(self) -> list[str]:
+        """A line for what was dropped for its length, and one for what was cut."""
+        total = len(self) + self.num_dropped
+        dropped = f"{self.num_dropped} of {total} comparisons are too long and were left out."
+        cut = f"{self.num_cut} of {total} comparisons lost the beginning of their prompt."
+        return [dropped] * bool(self.num_dropped) + [cut] * bool(self.num_cut)
 
 
 def rankings_of(rows: Rows, *, setting: str, ties: Ties = "drop") -> list[Ranking]:
@@ -130,21 +136,21 @@ def pair_tensors(rankings: Sequence[Ranking], device: torch.device) -> tuple[Ten
 
 
 def fitting(
-    reward_model: RewardModel,
     rankings: Sequence[Ranking],
+    tokenizer: PreTrainedTokenizerBase,
     *,
+    longest: int,
+    too_long: Literal["left", "drop", "refuse"],
     setting: str,
-    max_length: int | None = None,
-    too_long: Literal["left", "drop", "refuse"] = "left",
 ) -> EncodedRankings:
-    """The rankings in tokens, none longer than max_length, or than the model's context holds: see `RewardConfig`.
+    """The rankings in tokens, none with more than `longest`; too_long: see `RewardConfig`.
 
     Raises UserError for a longer one that is refused, and where none fits.
     """
-    longest = min(max_length or 2**31, context_length(reward_model.classifier))
     kept, encoded, num_cut = [], [], 0
     for ranking in rankings:
-        sides = reward_model.encode_apart([ranking.prompt] * len(ranking.responses), ranking.responses)
+        prompts = [ranking.prompt] * len(ranking.responses)
+        sides = prompt_and_response_ids(tokenizer, prompts, ranking.responses)
         length = max(len(prompt) + len(response) for prompt, response in sides)
         if length > longest and too_long == "refuse":
             raise UserError(

@@ -30,7 +30,7 @@ from ppo_rlhf.train import Callback
 from ppo_rlhf.train.inputs import policy_with_tokenizer, training_and_held_out
 from ppo_rlhf.train.rankings import EncodedRankings, fitting, pair_tensors, rankings_of
 from ppo_rlhf.train.reward_evaluation import Order, evaluate_held_out, gold_pairs
-from ppo_rlhf.train.supervised import HeldOut, Task, fit, num_steps_of
+from ppo_rlhf.train.supervised import HeldOut, Task, batch_of, fit, num_steps_of
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,9 @@ def train(
     def evaluate() -> HeldOut:
         return evaluate_held_out(parts.reward_model, parts.held_out, parts.gold_orders, accelerator)
 
+    lengths = [max(len(line) for line in lines) for lines in parts.training.encoded]
     task = Task(
-        lengths=[max(len(line) for line in lines) for lines in parts.training.encoded],
+        batch=lambda step: batch_of(step, num_steps, config, lengths),
         weight=len,
         loss=loss,
         evaluate=evaluate,
@@ -84,7 +85,7 @@ def train(
         example=lambda row: asdict(parts.training.rankings[row]),
     )
     with start.run(num_steps=num_steps) as run:
-        for line in told_of_lengths(parts.training, parts.held_out):
+        for line in parts.training.told():
             run.progress.tell(line)
         state = fit(parts.module, task, config, config.optimizer, run, num_steps=num_steps, callbacks=callbacks)
         best = normalized(RewardModel.load(run.folder / "best", setting="best", device=accelerator.device), parts)
@@ -107,15 +108,8 @@ def load_parts(
     policy, tokenizer = policy_with_tokenizer(
         config, policy, tokenizer, what="the supervised policy that the reward model starts from"
     )
-    rows, eval_rows = training_and_held_out(
-        config,
-        data,
-        what="comparisons with `prompt`, `chosen` and `rejected`",
-        read=lambda rows, setting: comparisons(rows, tokenizer, setting=setting),
-        split=lambda rows: held_out(rows, config.eval_fraction, config.seed, setting="eval_fraction"),
-    )
-    rankings = rankings_of(rows, setting="data", ties=config.ties)
-    eval_rankings = rankings_of(eval_rows, setting="eval_data")
+    longest = min(config.max_length or 2**31, context_length(policy))
+    rows, training, evaluated = load_rankings(config, data, tokenizer, longest)
     if gold is None and config.gold is not None:
         gold = load_reward(config.gold, setting="gold")
     policy.to(accelerator.device)
@@ -124,9 +118,6 @@ def load_parts(
     classifier = classifier_from(merged(policy))
     train_adapter(classifier, config.lora, heads=["score"])
     reward_model = RewardModel(classifier, tokenizer)
-    limits: dict[str, Any] = {"max_length": config.max_length, "too_long": config.too_long}
-    training = fitting(reward_model, rankings, setting="data", **limits)
-    evaluated = fitting(reward_model, eval_rankings, setting="eval_data", **limits)
     module = ComparisonModule(reward_model.network, policy if config.language_model_coef else None)
     return Parts(
         reward_model=reward_model,
@@ -138,12 +129,25 @@ def load_parts(
     )
 
 
-def told_of_lengths(*sides: EncodedRankings) -> list[str]:
-    """A line for what was dropped for its length, and one for what was cut."""
-    total = sum(len(side) + side.num_dropped for side in sides)
-    dropped, cut = sum(side.num_dropped for side in sides), sum(side.num_cut for side in sides)
-    lines = [f"{dropped} of {total} comparisons are too long and were left out."] if dropped else []
-    return lines + ([f"{cut} of {total} comparisons lost the beginning of their prompt."] if cut else [])
+def load_rankings(
+    config: RewardConfig, data: Iterable[dict[str, Any]] | None, tokenizer: PreTrainedTokenizerBase, longest: int
+) -> tuple[Rows, EncodedRankings, EncodedRankings]:
+    """The rows to train on, and rankings to train on and held-out ones, in tokens; none longer than `longest`."""
+    rows, eval_rows = training_and_held_out(
+        config,
+        data,
+        what="comparisons with `prompt`, `chosen` and `rejected`",
+        read=lambda rows, setting: comparisons(rows, tokenizer, setting=setting),
+        split=lambda rows: held_out(rows, config.eval_fraction, config.seed, setting="eval_fraction"),
+    )
+    rankings = rankings_of(rows, setting="data", ties=config.ties)
+    eval_rankings = rankings_of(eval_rows, setting="eval_data")
+    limits: dict[str, Any] = {"longest": longest, "too_long": config.too_long}
+    return (
+        rows,
+        fitting(rankings, tokenizer, setting="data", **limits),
+        fitting(eval_rankings, tokenizer, setting="eval_data", **limits),
+    )
 
 
 def comparison_loss(

@@ -6,14 +6,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ppo_rlhf.prompts import PromptBatch
 from ppo_rlhf.rewards import RewardFunction, Scores, score, wants_tokens
 from ppo_rlhf.sampling import Responses
 
 
 def scores_of(
     reward: RewardFunction,
-    prompts: PromptBatch,
+    prompts: list[str],
     responses: Responses,
     columns: dict[str, list[Any]],
     tokenizer: PreTrainedTokenizerBase,
@@ -24,9 +23,7 @@ def scores_of(
     tokens = None
     if wants_tokens(reward):
         tokens = [token_texts(tokenizer, responses, row) for row in range(len(prompts))]
-    found = score(
-        reward, prompts.texts, responses.texts, columns, response_tokens=tokens, must_be_finite=must_be_finite
-    )
+    found = score(reward, prompts, responses.texts, columns, response_tokens=tokens, must_be_finite=must_be_finite)
     return found.to(responses.ids.device)
 
 

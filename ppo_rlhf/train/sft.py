@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppo_rlhf.adapters import train_adapter
 from ppo_rlhf.compute import set_up_products
 from ppo_rlhf.config import SFTConfig
-from ppo_rlhf.core import logprobs_of, masked_mean, masked_sum
-from ppo_rlhf.data import Example, Examples, demonstrations, prompts_and_completions
+from ppo_rlhf.core import masked_mean, masked_sum
+from ppo_rlhf.data import Example, Examples, Row, demonstrations, prompts_and_completions
 from ppo_rlhf.model_card import model_card
-from ppo_rlhf.models import context_length, evaluating, model_inputs, right_padded, save_policy
+from ppo_rlhf.models import context_length, evaluating, right_padded, save_policy, use_quick_kernels
+from ppo_rlhf.policy import response_logprobs
 from ppo_rlhf.prompts import Prompts
 from ppo_rlhf.run import SAMPLES_KEPT, begin, share_of, write_text
 from ppo_rlhf.sampling import sample
@@ -24,7 +25,7 @@ from ppo_rlhf.seeding import uniform_rows
 from ppo_rlhf.settings import SamplingSettings
 from ppo_rlhf.train import Callback
 from ppo_rlhf.train.inputs import policy_with_tokenizer, training_and_held_out
-from ppo_rlhf.train.supervised import HeldOut, Task, fit, num_steps_of
+from ppo_rlhf.train.supervised import HeldOut, Task, batch_of, fit, num_steps_of, token_batches
 
 EVAL_BATCH = 64  # examples of one forward in evaluation
 
@@ -51,9 +52,9 @@ def train(
     policy, tokenizer = policy_with_tokenizer(config, policy, tokenizer, what="the language model to start from")
     longest = min(config.max_length or 2**31, context_length(policy))
     examples, eval_examples = load_examples(config, data, tokenizer, longest)
-    num_steps = num_steps_of(config, len(examples), accelerator)
-    train_adapter(policy, config.lora)
-    policy.to(accelerator.device)
+    num_steps, batch = batches_of(config, examples.lengths, accelerator)
+    train_adapter(use_quick_kernels(policy), config.lora)
+    module = CompletionModule(policy.to(accelerator.device))
 
     shown = prompts_and_completions(eval_examples.rows(SAMPLES_KEPT), tokenizer, "data")
 
@@ -62,14 +63,14 @@ def train(
         return masked_mean(-logprobs, learnt, count=count)
 
     def evaluate() -> HeldOut:
-        with evaluating(policy), accelerator.autocast():
+        with evaluating(module), accelerator.autocast():
             return HeldOut(
-                {"eval/loss": held_out_loss(policy, eval_examples, accelerator)},
+                {"eval/loss": held_out_loss(module, eval_examples, accelerator)},
                 responses_beside(shown, policy, tokenizer, longest=longest, seed=config.seed),
             )
 
     task = Task(
-        lengths=examples.lengths,
+        batch=batch,
         weight=lambda batch: sum(sum(examples[row].learnt) for row in batch),
         loss=loss,
         evaluate=evaluate,
@@ -80,7 +81,7 @@ def train(
     with start.run(num_steps=num_steps) as run:
         for line in examples.told("demonstrations"):
             run.progress.tell(line)
-        state = fit(policy, task, config, config.optimizer, run, num_steps=num_steps, callbacks=callbacks)
+        state = fit(module, task, config, config.optimizer, run, num_steps=num_steps, callbacks=callbacks)
         run.promote("best", "policy")
         outcome = {"loss_before": state.before["eval/loss"], "loss_after": state.after["eval/loss"]}
         if accelerator.is_main_process:
@@ -89,17 +90,35 @@ def train(
 
 
 def load_examples(
-    config: SFTConfig, data: Iterable[dict[str, Any]] | None, tokenizer: PreTrainedTokenizerBase, longest: int
+    config: SFTConfig, data: Iterable[Row] | None, tokenizer: PreTrainedTokenizerBase, longest: int
 ) -> tuple[Examples, Examples]:
-    """Demonstrations to train on and held-out ones, in tokens; those longer than `longest` dropped or cut."""
-    too_long = config.too_long or ("refuse" if config.max_length is None else "right")
+    """Demonstrations to train on and held-out ones, in tokens."""
     return training_and_held_out(
         config,
         data,
         what="demonstrations with `prompt` and `completion`, or `text`, or `messages`",
-        read=lambda rows, setting: demonstrations(rows, tokenizer, longest=longest, too_long=too_long, setting=setting),
+        read=lambda rows, setting: demonstrations_of(config, rows, tokenizer, longest=longest, setting=setting),
         split=lambda examples: examples.split(config.eval_fraction, config.seed, setting="eval_fraction"),
     )
+
+
+def demonstrations_of(
+    config: SFTConfig, rows: list[Row], tokenizer: PreTrainedTokenizerBase, *, longest: int, setting: str
+) -> Examples:
+    """Rows in tokens, those with more than `longest` treated as the configuration says."""
+    too_long = config.too_long or ("refuse" if config.max_length is None else "right")
+    return demonstrations(rows, tokenizer, longest=longest, too_long=too_long, setting=setting)
+
+
+def batches_of(
+    config: SFTConfig, lengths: Sequence[int], accelerator: Accelerator
+) -> tuple[int, Callable[[int], Sequence[int]]]:
+    """How many steps the run has, and the global batch of each: of batch_size demonstrations, or of batch_tokens."""
+    if config.batch_tokens is not None:
+        batches = token_batches(lengths, config, config.batch_tokens, accelerator.num_processes)
+        return len(batches), batches.__getitem__
+    num_steps = num_steps_of(config, len(lengths), accelerator)
+    return num_steps, lambda step: batch_of(step, num_steps, config, lengths)
 
 
 @torch.no_grad()
@@ -139,10 +158,24 @@ def responses_beside(
     ]
 
 
+class CompletionModule(nn.Module):
+    """log π of a language model's responses, by a padding-free forward, as a module that can be wrapped and sharded."""
+
+    def __init__(self, language_model: PreTrainedModel) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self._no_split_modules = getattr(language_model, "_no_split_modules", None)  # the blocks that FSDP2 shards
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """prompt_ids, prompt_mask (B, P), response_ids, response_mask (B, T) → (B, T), 0 where the mask is False."""
+        return response_logprobs(self.language_model, inputs, temperature=1.0)
+
+
 def completion_logprobs(module: nn.Module, examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor]:
-    """log π of the last T tokens, which hold all completions, (B, T), and the mask of those that are learnt."""
-    ids, mask = right_padded([example.ids for example in examples], device)
-    learnt = right_padded([example.learnt for example in examples], device)[0].bool()
-    steps = ids.shape[1] - min(example.start for example in examples)  # the head runs where a completion is predicted
-    output = module(**model_inputs(module, ids, mask), use_cache=False, logits_to_keep=steps + 1)
-    return logprobs_of(output.logits[:, -steps - 1 : -1], ids[:, -steps:]), learnt[:, -steps:]
+    """log π of all tokens from the first that is learnt on, (B, T), and the mask of those that are learnt."""
+    reversed_prompts = right_padded([each.ids[: each.start][::-1] for each in examples], device)
+    prompt_ids, prompt_mask = (x.flip(1) for x in reversed_prompts)  # padding comes before a prompt
+    response_ids, response_mask = right_padded([each.ids[each.start :] for each in examples], device)
+    learnt, _ = right_padded([each.learnt[each.start :] for each in examples], device)
+    inputs = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask}
+    return module(**inputs, response_ids=response_ids, response_mask=response_mask), learnt.bool()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -12,12 +13,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ppo_rlhf.config import SupervisedConfig
+from ppo_rlhf.config import SFTConfig, SupervisedConfig
 from ppo_rlhf.data import stream
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.micro_batches import MicroBatch, average_gradients, local_gradients
 from ppo_rlhf.optimizer import OptimizerSettings, learning_rate, make_optimizer, set_learning_rate
-from ppo_rlhf.run import LoopState, Run, share_of, whole_weights
+from ppo_rlhf.run import LoopState, Run, whole_weights
 from ppo_rlhf.seeding import permutation
 from ppo_rlhf.train import Callback
 
@@ -36,7 +37,7 @@ class HeldOut:
 class Task:
     """What a supervised stage optimises, as functions of row numbers of its training data."""
 
-    lengths: Sequence[int]  # tokens of each training example
+    batch: Callable[[int], Sequence[int]]  # step → the rows of its global batch, a function of the step alone
     weight: Callable[[Sequence[int]], float]  # what a batch's loss is divided by: its tokens, or its rankings
     loss: Callable[[nn.Module, Sequence[int], Tensor], Tensor]  # (module, rows, count) → Σ of losses ÷ count
     evaluate: Callable[[], HeldOut]  # over all processes
@@ -89,7 +90,7 @@ def fit(
 
     while state.step < num_steps:
         set_learning_rate(optimizer, learning_rate(optimizer_settings, state.step, num_steps))
-        rows = batch_of(state.step, num_steps, config, task.lengths)
+        rows = task.batch(state.step)
         module.train()
         metrics = _step(wrapped, optimizer, task, rows, config, accelerator, micro_batch)
         if metrics["skipped_steps"]:
@@ -134,6 +135,32 @@ def batch_of(step: int, num_steps: int, config: SupervisedConfig, lengths: Seque
     return [rows[place] for place in places[batch * size : (batch + 1) * size]]
 
 
+def token_batches(lengths: Sequence[int], config: SFTConfig, budget: int, num_processes: int) -> list[list[int]]:
+    """The global batches of a run, each of as many whole examples of the shuffled stream as `budget` tokens hold.
+
+    Every batch is full: the last one takes from the next pass what it lacks. Raises UserError for a budget that an
+    example exceeds, or that leaves a process without one.
+    """
+    batches: list[list[int]] = []
+    batch: list[int] = []
+    tokens, left = 0, round(config.num_epochs * len(lengths))
+    passes = (permutation(len(lengths), config.seed, "pass", number).tolist() for number in itertools.count())
+    for row in itertools.chain.from_iterable(passes):
+        if tokens + lengths[row] > budget:
+            if len(batch) < num_processes:
+                raise UserError(
+                    f"batch_tokens={budget} holds {len(batch)} demonstrations beside one of {lengths[row]} tokens, "
+                    f"fewer than the {num_processes} processes need; raise it."
+                )
+            batches.append(batch)
+            batch, tokens = [], 0
+            if left <= 0:
+                return batches
+        batch.append(row)
+        tokens, left = tokens + lengths[row], left - 1
+    raise AssertionError("the passes never end")
+
+
 def _step(
     wrapped: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -146,7 +173,7 @@ def _step(
     """One optimizer step on a global batch, whatever its micro-batches and processes."""
     # The mean of the processes' gradients is taken, hence the count per process.
     count = torch.tensor(task.weight(rows) / accelerator.num_processes, device=accelerator.device)
-    mine = rows[share_of(len(rows), accelerator)]
+    mine = rows[accelerator.process_index :: accelerator.num_processes]  # those of like length are neighbours
 
     def gradient(size: int) -> Tensor:
         """Adds this process's gradient to the parameters'; → its loss."""

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -63,6 +63,21 @@ def test_train_starts_from_the_environment_s_preset_and_every_field_can_be_overr
     expected["ppo"] |= {"num_epochs": 3, "entropy_coef": 0.1}
     expected["network"]["hidden_sizes"] = (7, 8)
     assert asdict(asked[0]) == expected
+
+
+@pytest.mark.parametrize("words", ["Pendulum-v1 --algorithm trpo", "Pendulum-v1 --algorithm penalty", "Nothing-v0"])
+def test_python_starts_from_what_the_command_starts_from(asked, monkeypatch, words):
+    assert main(["train", *words.split()]) == 0
+    env_id, *options = words.split()
+    monkeypatch.setattr(ppo, "run", lambda config, **_: (asked.append(config), {}))
+    ppo.train(env_id, algorithm=options[-1] if options else None, output_dir="out")
+    assert asked[1] == replace(asked[0], output_dir="out")
+
+
+def test_python_s_algorithm_takes_the_place_of_the_configuration_s(asked, monkeypatch):
+    monkeypatch.setattr(ppo, "run", lambda config, **_: (asked.append(config), {}))
+    ppo.train("CartPole-v1", algorithm="trpo", config=TrainConfig(gamma=0.5), output_dir="out")
+    assert asked == [TrainConfig(gamma=0.5, algorithm="trpo", output_dir="out")]
 
 
 def test_an_environment_without_a_preset_starts_from_the_defaults(asked):
@@ -128,7 +143,7 @@ def test_train_leaves_a_run_folder_and_prints_its_summary_as_json(capfd):
     assert summary["output_dir"] == "out"
     assert json.loads(Path("out/summary.json").read_text())["return_after"] == summary["return_after"]
     assert {path.name for path in Path("out").iterdir()} == {
-        *("config.yaml", "environment.json", "metrics.jsonl", "summary.json"),
+        *("config.yaml", "environment.json", "metrics.jsonl", "policy_pictures.jsonl", "summary.json"),
         *("checkpoints", "policy", "best"),
     }
     assert [row["steps"] for row in metrics_of("out")] == [64, 128]

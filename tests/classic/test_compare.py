@@ -44,10 +44,10 @@ def started(monkeypatch):
     seen = []
     run = compare_module.run
 
-    def noted(config):
+    def noted(config, **arguments):
         if not Path(config.output_dir, "summary.json").exists():
             seen.append((config.algorithm, config.seed))
-        return run(config)
+        return run(config, **arguments)
 
     monkeypatch.setattr(compare_module, "run", noted)
     return seen
@@ -96,21 +96,22 @@ def test_every_algorithm_runs_with_every_seed_and_the_table_and_the_curves_are_w
     assert all(Path(f"out/comparison.{kind}").stat().st_size for kind in ("png", "svg", "csv"))
 
 
-def test_each_run_is_told_in_one_line_with_its_outcome(tiny, capfd):
+def test_each_run_is_told_when_it_begins_and_with_its_outcome_and_shows_no_progress(tiny, capfd):
     capfd.readouterr()
     assert main([*WORDS, "--output-dir", "out"]) == 0
     lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 2 * 4
     final = json.loads(Path("out/CartPole-v1/trpo/seed-0/summary.json").read_text())["return_after"]
-    assert re.fullmatch(rf"CartPole-v1 trpo seed 0 \(3 of 4\): {final:.1f} in \d+\.\d s", lines[2])
+    assert lines[4] == "CartPole-v1 trpo seed 0 (3 of 4)"
+    assert re.fullmatch(rf"CartPole-v1 trpo seed 0: {final:.1f} in \d+\.\d s", lines[5])
 
 
 def test_what_a_run_says_beside_its_progress_is_told(tiny, monkeypatch, capfd):
     run = compare_module.run
 
-    def noisy(config):
+    def noisy(config, **arguments):
         print("something is odd", file=sys.stderr)
-        return run(config)
+        return run(config, **arguments)
 
     monkeypatch.setattr(compare_module, "run", noisy)
     assert main([*WORDS, "--output-dir", "out"]) == 0
@@ -142,7 +143,7 @@ def test_a_folder_that_holds_a_comparison_is_not_used_again(tiny, capfd):
 
 
 def test_a_comparison_is_interrupted_as_a_run_is(tiny, monkeypatch, capfd):
-    def interrupted(config):
+    def interrupted(config, **arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compare_module, "run", interrupted)

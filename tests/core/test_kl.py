@@ -302,3 +302,12 @@ def test_the_proportional_controller_counts_episodes():
 def test_the_proportional_controller_raises_the_coefficient_only_above_the_target(kl, kl_coef):
     after = adapt_kl_coef_proportional(kl_coef, kl, target=6.0, horizon=10_000, num_episodes=64)
     assert (after > kl_coef) == (kl / 6 > 1)
+
+
+def test_a_dense_reward_is_paid_at_once_and_the_last_token_pays_the_rest_of_the_score():
+    kl = torch.tensor([[1.0, 2.0, math.nan], [0.0, 0.0, 1.0]])
+    dense = torch.tensor([[0.5, 0.25, math.nan], [1.0, 0.0, 2.0]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    rewards = kl_shaped_rewards(torch.tensor([2.0, 3.0]), kl, mask, kl_coef=0.1, dense=dense)
+    # row 0: 0.5 − 0.1; 0.25 − 0.2 + (2 − 0.75). Row 1: its dense reward is the whole score already
+    torch.testing.assert_close(rewards, torch.tensor([[0.4, 1.3, 0.0], [1.0, 0.0, 1.9]]))

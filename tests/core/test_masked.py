@@ -27,6 +27,7 @@ from ppo_rlhf.core import (
     masked_mean,
     masked_moments,
     masked_sum,
+    merged_moments,
     unit_variance,
     whiten,
 )
@@ -274,3 +275,13 @@ def test_padding_columns_change_no_statistic(x, num):
     padded_mask = torch.cat([mask, torch.zeros(2, num, dtype=torch.bool)], dim=1)
     close(masked_mean(padded, padded_mask), masked_mean(x, mask))
     close(whiten(padded, padded_mask)[:, :4], whiten(x, mask), atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 7])
+def test_merged_moments_are_those_of_both_batches_together(size):
+    x = torch.tensor([1e4, 1e4 + 1, 1e4 - 3, 1e4 + 2, 1e4, 1e4 + 5, 1e4 - 1], dtype=torch.float64)
+    whole = torch.ones(7, dtype=torch.bool)
+    first = torch.arange(7) < size
+    merged = merged_moments(masked_moments(x, first), masked_moments(x, ~first))
+    for found, expected in zip(merged, masked_moments(x, whole), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-9)

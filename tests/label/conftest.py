@@ -1,7 +1,8 @@
 """Servers, a browser, databases, tiny models."""
 
+from browsers import browser
 from databases import address, postgres
-from label_cases import browser, serve
+from label_cases import serve
 from tiny_runs import data, in_tmp_path, models
 
 __all__ = ["address", "browser", "data", "in_tmp_path", "models", "postgres", "serve"]

@@ -1,23 +1,15 @@
-"""Pairs to judge, the command as a process of its own, and a headless browser that must not complain."""
+"""Pairs to judge, and the command as a process of its own."""
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 
-import databases
 import pytest
 import tiny_runs
-from playwright.sync_api import sync_playwright
 
 from ppo_rlhf.preferences import Store
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-QUIET += ["--disable-component-update", "--disable-sync"]
 
 
 def rows(count, responses=2):
@@ -73,35 +65,6 @@ def serve(tmp_path):
         if server.process.poll() is None:
             server.kill()
         server.process.communicate()
-
-
-@pytest.fixture(scope="session")
-def browser():
-    if CHROMIUM is None:
-        databases.missing("chromium")
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        yield launched
-        launched.close()
-
-
-@contextmanager
-def page_of(browser, address, *, allowed=(), **options):
-    """A page in a browser of its own, which may ask our server alone and must log no error but the allowed."""
-    context = browser.new_context(viewport={"width": 1200, "height": 800}, **options)
-    page = context.new_page()
-    told, asked = [], []
-    page.on("console", lambda message: told.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: told.append(str(error)))
-    page.on("dialog", lambda dialog: (told.append(f"dialog {dialog.message}"), dialog.dismiss()))
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(address)
-    yield page
-    origin = re.match(r"https?://[^/]+/", address)[0]
-    elsewhere = [url for url in asked if not url.startswith(origin)]
-    complaints = [text for text in told if not any(each in text for each in allowed)]
-    assert not elsewhere + complaints, elsewhere + complaints
-    context.close()
 
 
 def done(page):

@@ -7,7 +7,8 @@ InstructGPT a label is a ranking of several responses.
 import json
 
 import pytest
-from label_cases import choices_in, done, page_of, press
+from browsers import page_of
+from label_cases import choices_in, done, press
 from tiny_runs import write_rows
 
 from ppo_rlhf import toy

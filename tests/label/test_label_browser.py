@@ -5,8 +5,8 @@ import json
 
 import pytest
 import tiny_runs
-from axe_playwright_python.sync_playwright import Axe
-from label_cases import choices_in, click, done, page_of, press, rows
+from browsers import look, page_of
+from label_cases import choices_in, click, done, press, rows
 from tiny_runs import write_rows
 
 HOSTILE = """<script>document.title = "hacked"; alert(1)</script><img src="http://evil.example/x" onerror="alert(2)">
@@ -278,16 +278,6 @@ def test_axe_finds_nothing_serious_and_nothing_scrolls_sideways(serve, browser, 
             page.goto(server.address + "statistics")
             look(page)
     server.end()
-
-
-def look(page):
-    found = [
-        (each["id"], each["impact"], [node["html"] for node in each["nodes"]])
-        for each in Axe().run(page).response["violations"]
-        if each["impact"] in ("serious", "critical")
-    ]
-    assert found == []
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
 def test_two_runs_are_compared_blind_and_end_in_a_win_rate(serve, browser, models, data, tmp_path):

@@ -156,6 +156,7 @@ def test_a_chat_is_trained_on_as_human_and_assistant_turns():
     choice = Choice(Pair([system, USER, GOOD, USER], ["a", "b"]), "ada", "left", [1, 2])
     (row,) = ranked_rows([choice])
     assert row["prompt"] == ("\n\nSystem: be brief\n\nHuman: hello?\n\nAssistant: good\n\nHuman: hello?\n\nAssistant:")
+    assert row["messages"] == [system, USER, GOOD, USER]
 
 
 @pytest.mark.parametrize("name", ["comparisons.csv", "nowhere/comparisons.jsonl"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import tiny_models
 import torch
 from torch import nn
@@ -12,6 +13,9 @@ from ppo_rlhf.policy import PolicyWithValue, TokenValues
 from ppo_rlhf.prompts import Prompts
 from ppo_rlhf.sampling import Responses
 
+every_architecture = pytest.mark.parametrize(
+    "architecture", sorted({**tiny_models.ARCHITECTURES, **tiny_models.MORE_ARCHITECTURES})
+)
 VOCABULARY = 64
 CONTEXT = 48
 SENTENCES = [

@@ -15,10 +15,12 @@ from ppo_rlhf.adapters import has_adapter, merged, on_same_base, rank_of, share_
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.models import disable_dropout, frozen_copy, load_policy, save_policy, use_quick_kernels
 from ppo_rlhf.policy import PolicyWithValue
+from ppo_rlhf.rewards import RewardModel
 from ppo_rlhf.rollout import evaluate
 from ppo_rlhf.sampling import SamplingSettings, sample
 from ppo_rlhf.seeding import uniform_rows
 from ppo_rlhf.settings import LoRASettings
+from ppo_rlhf.train.reward_model import classifier_from
 
 LORA = LoRASettings(rank=2, alpha=4.0)
 
@@ -105,6 +107,7 @@ def test_two_copies_of_one_base_become_one_and_what_differs_stays(architecture):
         assert all(weight.requires_grad == (".lora_" in name) for name, weight in model.named_parameters())
 
 
+@cases.every_architecture
 def test_merging_gives_the_plain_model_of_the_sum_and_leaves_the_adapted_one_alone(architecture, tmp_path):
     model = adapted(architecture)
     ids = torch.tensor([[5, 9, 12, 10]])
@@ -149,6 +152,21 @@ def test_an_adapter_s_folder_holds_the_adapter_alone_and_loads_with_its_base(tmp
     assert {n for n, w in loaded.named_parameters() if w.requires_grad} == {
         n for n, w in model.named_parameters() if w.requires_grad
     }
+
+
+@cases.every_architecture
+def test_a_reward_model_s_adapter_scores_the_same_when_it_is_loaded(architecture, tmp_path):
+    tokenizer = cases.make_tokenizer()
+    save_policy(cases.make_model(architecture), tokenizer, tmp_path / "base")
+    policy, tokenizer = load_policy(str(tmp_path / "base"), setting="policy")
+    classifier = classifier_from(policy)
+    train_adapter(classifier, LoRASettings(rank=2, merge=False), heads=["score"])
+    reward_model = RewardModel(use_quick_kernels(perturbed(classifier)), tokenizer)
+    reward_model.set_normalization(0.25, 3.0)
+    reward_model.save(tmp_path / "reward")
+    loaded = RewardModel.load(tmp_path / "reward", setting="reward")
+    texts = cases.TEXTS, ["go!", " the park", "a cat", "sea"]
+    torch.testing.assert_close(loaded(*texts), reward_model(*texts), rtol=0, atol=1e-6)
 
 
 SETTINGS = {

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppo_rlhf.data import comparisons, demonstrations, first_ids, prompt_texts_and_ids
+from ppo_rlhf.data.chats import ids_and_places
 from ppo_rlhf.data.formats import prompts_and_completions
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.prompts import Prompts
+from ppo_rlhf.train.rankings import fitting, rankings_of
 
 TEXTS = ("the cat sat on the mat.", "a dog ran to the park, and the cat did not.", "system user assistant\n")
 SYSTEM = {"role": "system", "content": "be kind."}
@@ -158,6 +160,9 @@ MISTAKES = [
     ({"messages": [{"role": "user"}]}, "data: row 0, column 'messages', a list: a message must have `role` and"),
     ({"messages": ["hello"]}, "a message must have `role` and `content`"),
     ({"messages": [USER]}, "data: row 0: no assistant speaks"),
+    ({"messages": [USER, ANSWER], "tools": "[{"}, "data: row 0: `tools` is no JSON"),
+    ({"messages": [USER, ANSWER], "tools": {"a": 1}}, "data: row 0: `tools` must be a list"),
+    ({"messages": [USER, ANSWER], "chat_template_kwargs": [1]}, "data: row 0: .*`chat_template_kwargs` a mapping"),
     ({"prompt": [SYSTEM], "completion": [ANSWER]}, "data: row 0: a prompt must end with .*, not a system"),
 ]
 
@@ -230,6 +235,14 @@ def test_what_fits_exactly_is_as_it_was(tokenizer):
     assert demonstration(LONG, tokenizer, longest=len(whole.ids), too_long="right") == whole
 
 
+def test_a_cut_that_leaves_a_users_words_alone_is_refused(chat_tokenizer):
+    row = {"messages": [USER, ANSWER, AGAIN]}
+    tail = len(chat_tokenizer.apply_chat_template([AGAIN], return_dict=False)) + 1  # with the turn's new line before it
+    with pytest.raises(UserError, match=f"data: demonstration 0 has .* but {tail + 1} fit"):
+        demonstration(row, chat_tokenizer, longest=tail + 1, too_long="left")
+    assert sum(demonstration(row, chat_tokenizer, longest=tail + 2, too_long="left").learnt) == 1
+
+
 @pytest.mark.parametrize(
     ("longest", "too_long", "message"),
     [
@@ -252,6 +265,21 @@ def test_tokens_are_read_back_where_nothing_changed_and_made_anew_where_the_temp
     chat_tokenizer.chat_template += "!"
     with pytest.raises(TypeError):
         demonstration(row, chat_tokenizer)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    with pytest.raises(UserError, match=r"the cache of datasets cannot be written: .*HF_DATASETS_CACHE"):
+        demonstration({"text": "the cat"}, tokenizer)
+
+
+def test_a_slow_tokenizer_is_refused_where_tokens_must_be_found_in_their_text():
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(UserError, match="row 3: the policy's tokenizer is a slow one"):
+        ids_and_places(Slow(), "the cat", "row 3")
 
 
 def test_held_out_examples_are_the_held_out_rows(tokenizer):
@@ -332,6 +360,14 @@ def test_a_ranking_of_answers_to_a_conversation_is_one_of_texts(chat_tokenizer):
     assert row["ranks"] == [2, 1]
 
 
+def test_peoples_choices_on_a_chat_are_read_by_the_template_where_there_is_one(chat_tokenizer, tokenizer):
+    row = {"prompt": "\n\nHuman: why?\n\nAssistant:", "messages": [USER], "responses": ["a", "b"], "ranks": [1, 2]}
+    assert compared(row, tokenizer)["prompt"] == row["prompt"]
+    assert compared(row, chat_tokenizer)["prompt"] == chat_tokenizer.apply_chat_template(
+        [USER], add_generation_prompt=True, tokenize=False
+    )
+
+
 def test_comparisons_of_texts_stay_as_they_are(tokenizer):
     for row in (
         {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1.0},
@@ -363,6 +399,31 @@ def test_comparisons_of_texts_stay_as_they_are(tokenizer):
 def test_comparisons_that_cannot_be_read_are_refused_by_name(chat_tokenizer, row, message):
     with pytest.raises(UserError, match=message):
         compared(row, chat_tokenizer)
+
+
+def test_long_comparisons_lose_the_beginning_of_their_prompt_or_are_dropped_and_counted(tokenizer):
+    rows = [
+        {"prompt": "why is the sea so blue, and so big? why, why?", "chosen": "go!", "rejected": "why"},
+        {"prompt": "go", "chosen": "a dog", "rejected": "a dog ran to the park"},
+        {"prompt": "go", "chosen": "a dog", "rejected": "why"},
+    ]
+    rankings = rankings_of(rows, setting="data")
+    whole = fitting(rankings, tokenizer, longest=99, too_long="refuse", setting="data")
+    assert (len(whole), whole.num_cut, whole.num_dropped, whole.told()) == (3, 0, 0, [])
+    longest = len(whole.encoded[1][1]) - 2  # its response alone is longer, by one
+    assert len(tokenizer("a dog ran to the park")["input_ids"]) == longest
+
+    cut = fitting(rankings, tokenizer, longest=longest, too_long="left", setting="data")
+    assert cut.encoded == [[ids[-longest:] for ids in whole.encoded[0]], whole.encoded[2]]
+    assert cut.told() == [
+        "1 of 3 comparisons are too long and were left out.",
+        "1 of 3 comparisons lost the beginning of their prompt.",
+    ]
+    dropped = fitting(rankings, tokenizer, longest=longest, too_long="drop", setting="data")
+    assert dropped.encoded == [whole.encoded[2]]
+    assert dropped.told() == ["2 of 3 comparisons are too long and were left out."]
+    with pytest.raises(UserError, match=f"data: a comparison has .* but {longest} fit; set too_long .*'why is the"):
+        fitting(rankings, tokenizer, longest=longest, too_long="refuse", setting="data")
 
 
 # ------------------------------------------------------------------------------------------------------- prompts

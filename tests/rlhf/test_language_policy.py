@@ -30,6 +30,7 @@ def rolled_out(policy, tokenizer, *, temperature, reference=None, batch_size=3):
     return evaluate(policy, reference, prompts, responses, temperature=temperature, batch_size=batch_size)
 
 
+@cases.every_architecture
 @pytest.mark.parametrize("separate", [False, True], ids=["shared value head", "separate value model"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_first_ratio_is_one_and_the_kl_to_the_reference_is_zero(architecture, tokenizer, temperature, separate):
@@ -45,6 +46,7 @@ def test_the_first_ratio_is_one_and_the_kl_to_the_reference_is_zero(architecture
         assert (ratio - 1).abs().max() < 1e-5
 
 
+@cases.every_architecture
 def test_the_log_probability_of_token_t_is_read_at_the_position_that_predicts_it(architecture):
     policy = cases.make_policy(architecture, temperature=0.7)
     evaluation = policy(**cases.inputs_of(extra_left=2, extra_right=1))
@@ -80,6 +82,7 @@ def test_the_value_at_t_is_read_at_the_position_that_predicts_token_t(architectu
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@cases.every_architecture
 @pytest.mark.parametrize("separate", [False, True], ids=["shared value head", "separate value model"])
 @pytest.mark.parametrize(
     "padding",

@@ -80,6 +80,7 @@ def assert_same_outcome(one, other, *, atol):
         assert other[1][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
+@cases.every_architecture
 @pytest.mark.parametrize("separate", [False, True], ids=["shared value head", "separate value model"])
 def test_every_split_into_micro_batches_takes_the_same_step(architecture, accelerator, separate):
     policy = cases.make_policy(architecture, separate=separate, differentiable_entropy=True).double()
@@ -96,6 +97,7 @@ def test_every_split_into_micro_batches_takes_the_same_step(architecture, accele
         )
 
 
+@cases.every_architecture
 @pytest.mark.parametrize(
     "padding", [{"extra_left": 3, "extra_right": 2}, {"pad": 0}, {"pad": 5_000, "extra_right": 1}], ids=str
 )

@@ -61,6 +61,7 @@ def test_the_batch_size_changes_no_score(architecture, batch_size):
     torch.testing.assert_close(model(PROMPTS, RESPONSES), expected, rtol=0, atol=1e-5)
 
 
+@cases.every_architecture
 def test_left_and_right_padding_of_any_amount_and_id_give_the_same_score(architecture):
     model = make_reward_model(architecture)
     encoded = model.encode(PROMPTS, RESPONSES)
@@ -88,6 +89,7 @@ def test_dropout_does_not_act_in_scoring():
 # ---------------------------------------------------------------------------------------------------- saving
 
 
+@cases.every_architecture
 def test_a_saved_reward_model_scores_the_same_normalised_or_not(architecture, tmp_path):
     model = make_reward_model(architecture)
     model.save(tmp_path / "raw")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 from collections import Counter
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from datasets.arrow_writer import ArrowWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +20,7 @@ from ppo_rlhf.data import held_out, load_rows, stream, text_column
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.prompts import Prompts
 from ppo_rlhf.seeding import keyed_generator, permutation, uniform_rows
-from ppo_rlhf.train.supervised import WINDOW, batch_of, num_steps_of
+from ppo_rlhf.train.supervised import WINDOW, batch_of, num_steps_of, token_batches
 
 ROWS = [{"prompt": "the cat", "topic": "cats"}, {"prompt": "a dog", "topic": "dogs"}, {"prompt": "why", "topic": "why"}]
 
@@ -42,6 +44,21 @@ def write(folder, kind):
         dataset.save_to_disk(path)
     elif kind == "saved dictionary":
         DatasetDict({"test": dataset.select([0]), "train": dataset}).save_to_disk(path)
+    elif kind == "compressed":
+        path = folder / "rows.jsonl.gz"
+        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode()))
+    elif kind == "tsv":
+        path.write_text("prompt\ttopic\nthe cat\tcats\na dog\tdogs\nwhy\twhy\n")
+    elif kind == "arrow":
+        with ArrowWriter(path=str(path), features=dataset.features) as writer:
+            writer.write_table(dataset.data.table)
+            writer.finalize()
+    elif kind in ("folder", "pattern"):
+        path = folder / "part"
+        path.mkdir()
+        for number, rows in enumerate((ROWS[:2], ROWS[2:])):
+            (path / f"{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path if kind == "folder" else path / "*.jsonl")
     elif kind == "module":
         return "test_rows:made"
     elif kind == "file":
@@ -51,7 +68,11 @@ def write(folder, kind):
     return str(path)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "saved", "saved dictionary", "module", "file"])
+KINDS = ["jsonl", "json", "csv", "parquet", "saved", "saved dictionary", "module", "file"]
+KINDS += ["compressed", "tsv", "arrow", "folder", "pattern"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_format_gives_the_same_rows(data_cache, kind):
     assert load_rows(write(data_cache, kind), required=("prompt",), setting="prompts") == ROWS
 
@@ -122,6 +143,83 @@ def test_a_saved_dictionary_without_a_train_split_is_named(data_cache):
     DatasetDict({"test": Dataset.from_list(ROWS)}).save_to_disk(data_cache / "rows")
     with pytest.raises(UserError, match=r"prompts: .*train"):
         load_rows(str(data_cache / "rows"), required=("prompt",), setting="prompts")
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("split=train", ROWS),
+        ("split=train[1:]", ROWS[1:]),
+        ("take=2", ROWS[:2]),
+        ("streaming=true", ROWS),
+        ("streaming=true&take=1", ROWS[:1]),
+    ],
+)
+def test_options_of_load_dataset_follow_a_question_mark(data_cache, query, expected):
+    assert load_rows(f"{write(data_cache, 'jsonl')}?{query}", required=("prompt",), setting="data") == expected
+
+
+def test_a_split_of_a_saved_dictionary_is_named_so(data_cache):
+    source = write(data_cache, "saved dictionary")
+    assert load_rows(f"{source}?split=test", required=("prompt",), setting="data") == ROWS[:1]
+    with pytest.raises(UserError, match=r"has no split 'dev', only test, train; name one of them: '.*\?split=test'"):
+        load_rows(f"{source}?split=dev", required=("prompt",), setting="data")
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("splitt=train", r"unknown option 'splitt'. Did you mean split\?"),
+        ("limit=3", "unknown option 'limit'."),
+        ("take=0", "take=0 must be a number of rows, at least 1"),
+        ("take=all", "take=all must be a number of rows"),
+        ("streaming=yes", "streaming=yes must be true or false"),
+        ("split=validation", "data: .*rows.jsonl.* cannot be loaded: .*validation"),
+    ],
+)
+def test_an_option_that_cannot_be_is_named(data_cache, query, message):
+    with pytest.raises(UserError, match=message):
+        load_rows(f"{write(data_cache, 'jsonl')}?{query}", required=("prompt",), setting="data")
+
+
+def test_a_name_on_the_hub_is_loaded_with_its_options(monkeypatch):
+    asked = []
+
+    def load_dataset(*names, **options):
+        asked.append((names, options))
+        return Dataset.from_list(ROWS)
+
+    monkeypatch.setattr("ppo_rlhf.data.sources.load_dataset", load_dataset)
+    assert load_rows("openai/gsm8k?name=main&split=test", required=(), setting="data") == ROWS
+    assert load_rows("some/set", required=(), setting="data") == ROWS
+    assert asked[0] == (("openai/gsm8k",), {"name": "main", "split": "test", "streaming": False})
+    assert asked[1] == (("some/set",), {"split": "train"})
+
+
+def test_columns_are_renamed_and_left_out():
+    rows = [{"question": "a", "answer": "b", "source": "c"}, {"question": "d", "answer": "e"}]
+    columns = {"question": "prompt", "answer": "completion", "source": None}
+    assert load_rows(rows, required=("prompt",), setting="data", columns=columns) == [
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "d", "completion": "e"},
+    ]
+    swapped = load_rows([{"a": 1, "b": 2}], required=(), setting="data", columns={"a": "b", "b": "a"})
+    assert swapped == [{"b": 1, "a": 2}]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"qestion": "prompt"},
+            r"data has no column 'qestion', only prompt, question. Did you mean question\?",
+        ),
+        ({"question": "prompt"}, r"columns: data has two columns for 'prompt'; leave one out: '\{prompt: null\}'"),
+    ],
+)
+def test_names_that_do_not_fit_the_columns_are_named(columns, message):
+    with pytest.raises(UserError, match=message):
+        load_rows([{"question": "a", "prompt": "b"}], required=("prompt",), setting="data", columns=columns)
 
 
 def test_a_value_that_is_not_text_or_is_blank_is_named():
@@ -258,6 +356,38 @@ def test_a_batch_depends_on_its_step_alone_and_on_the_seed():
     assert [batch_of(step, 45, config, lengths) for step in reversed(range(45))][::-1] == in_order
     other = SFTConfig(batch_size=4, num_epochs=2.0, seed=1)
     assert [batch_of(step, 45, other, lengths) for step in range(45)] != in_order
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(30, 90), st.integers(1, 3), st.integers(0, 3))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_batches_of_tokens_hold_what_fits_in_the_order_of_the_data(lengths, budget, epochs, seed):
+    config = SFTConfig(num_epochs=float(epochs), seed=seed)
+    taken = token_batches(lengths, config, budget, 1)
+    order = [row for batch in taken for row in batch]
+    assert order == stream(len(lengths), 0, len(order), seed).tolist()
+    assert len(order) >= epochs * len(lengths)  # every example is seen in every pass
+    assert len(order) - len(taken[-1]) < epochs * len(lengths)  # and no batch is begun after the last pass
+    following = stream(len(lengths), 0, len(order) + 1, seed).tolist()
+    for number, batch in enumerate(taken):
+        tokens = sum(lengths[row] for row in batch)
+        first_left_out = following[sum(len(each) for each in taken[: number + 1])]
+        assert tokens <= budget < tokens + lengths[first_left_out]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "processes", "message"),
+    [
+        (
+            [3, 50, 4],
+            1,
+            "batch_tokens=40 holds 0 demonstrations beside one of 50 tokens, fewer than the 1 processes",
+        ),
+        ([30, 30, 30], 2, "batch_tokens=40 holds 1 demonstrations beside one of 30 tokens, fewer than the 2 processes"),
+    ],
+)
+def test_a_budget_of_tokens_that_is_too_small_is_refused(lengths, processes, message):
+    with pytest.raises(UserError, match=message):
+        token_batches(lengths, SFTConfig(), 40, processes)
 
 
 def test_a_batch_larger_than_the_data_is_refused():

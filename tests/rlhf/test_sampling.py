@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
+from ppo_rlhf import sampling
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.sampling import SamplingSettings, draw, sample, stop_ids_of, warn_of_truncation
 from ppo_rlhf.seeding import uniform_rows
@@ -55,6 +56,7 @@ def several_stops():
     return (0, 2, 3, 4, 17, 30)
 
 
+@cases.every_architecture
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_cached_sampler_equals_a_slow_loop_token_by_token(architecture, tokenizer, several_stops, temperature):
     model = cases.make_model(architecture)
@@ -320,3 +322,51 @@ def test_a_truncating_sampler_warns_with_its_reason():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_truncation(SamplingSettings())
+
+
+# ------------------------------------------------------------------------------------------- handed out as they end
+
+
+@pytest.mark.parametrize("group_size", [1, 3, 100])
+def test_rows_are_handed_out_in_groups_as_they_end_with_their_responses(group_size, tokenizer, several_stops):
+    model = cases.make_model()
+    prompts, noise = cases.prompt_batch(tokenizer, cases.TEXTS * 2), noise_for(8)
+    chosen = SamplingSettings(max_new_tokens=LENGTH, stop_token_ids=several_stops, batch_size=5)
+    groups = []
+    responses = sample(
+        model,
+        tokenizer,
+        prompts,
+        chosen,
+        noise,
+        on_finished=lambda *group: groups.append(group),
+        group_size=group_size,
+    )
+    rows = [row for group, _ in groups for row in group]
+    assert sorted(rows) == list(range(8))
+    assert [len(group) for group, _ in groups] == [min(group_size, 8 - n) for n in range(0, 8, group_size)]
+    for group, found in groups:
+        lines = lines_of(responses)
+        assert lines_of(found) == [lines[row] for row in group]
+        assert found.texts == [responses.texts[row] for row in group]
+        assert torch.equal(found.finished, responses.finished[group])
+        width = found.ids.shape[1]
+        assert torch.equal(found.logprobs, responses.logprobs[group, :width])
+
+
+def test_a_row_is_handed_out_before_the_longest_one_has_ended(tokenizer, several_stops, monkeypatch):
+    prompts, noise = cases.prompt_batch(tokenizer, cases.TEXTS * 2), noise_for(8)
+    chosen = SamplingSettings(max_new_tokens=LENGTH, stop_token_ids=several_stops)
+    steps, handed_out = [], {}
+    monkeypatch.setattr(sampling, "draw", lambda *arguments: steps.append(1) or draw(*arguments))
+    responses = sample(
+        cases.make_model(),
+        tokenizer,
+        prompts,
+        chosen,
+        noise,
+        on_finished=lambda group, _: handed_out.update(dict.fromkeys(group, len(steps))),
+    )
+    lengths = responses.mask.sum(1).tolist()
+    assert min(lengths) < max(lengths)
+    assert handed_out == dict(enumerate(lengths))  # all rows are decoded from the first step on

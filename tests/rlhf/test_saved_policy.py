@@ -24,6 +24,7 @@ def saved(architecture, tokenizer_without_pad, tmp_path):
     return model, tmp_path / "policy"
 
 
+@cases.every_architecture
 def test_plain_transformers_loads_the_folder_and_its_weights_are_the_same(saved):
     model, folder = saved
     loaded = AutoModelForCausalLM.from_pretrained(folder)

@@ -8,11 +8,11 @@ import torch
 
 from ppo_rlhf.core import bradley_terry_loss, masked_mean
 from ppo_rlhf.data import Example
-from ppo_rlhf.models import right_padded
+from ppo_rlhf.models import right_padded, use_quick_kernels
 from ppo_rlhf.rewards import ScoringNetwork
 from ppo_rlhf.train.rankings import pair_tensors, rankings_of
 from ppo_rlhf.train.reward_model import ComparisonModule, classifier_from
-from ppo_rlhf.train.sft import completion_logprobs
+from ppo_rlhf.train.sft import CompletionModule, completion_logprobs
 
 
 def example(ids, *learnt):
@@ -28,28 +28,52 @@ EXAMPLES = [
 ]
 
 
-def test_the_loss_of_a_batch_is_the_mean_over_its_learnt_tokens(architecture):
+@pytest.fixture(params=[use_quick_kernels, lambda model: model], ids=["packed", "padded"])
+def completions_of(request):
+    """A module of a language model's completions, whose forward is packed or padded."""
+    return lambda model: CompletionModule(request.param(model))
+
+
+def test_the_loss_of_a_batch_is_the_mean_over_its_learnt_tokens(architecture, completions_of):
     model = cases.make_model(architecture)
-    logprobs, learnt = completion_logprobs(model, EXAMPLES, torch.device("cpu"))
     expected = [
         cases.plain_logprobs(model, each.ids[:1], each.ids[1:])[torch.tensor(each.learnt[1:])] for each in EXAMPLES
     ]
+    logprobs, learnt = completion_logprobs(completions_of(model), EXAMPLES, torch.device("cpu"))
     assert learnt.sum(1).tolist() == [len(line) for line in expected] == [2, 4, 1, 2]
     actual = masked_mean(-logprobs, learnt).double()
     torch.testing.assert_close(actual, -torch.cat(expected).mean(), rtol=0, atol=2e-5)
 
 
+def gradient_of(module, pieces):
+    """That of the mean over all learnt tokens, by a backward pass a piece."""
+    count = sum(sum(each.learnt) for piece in pieces for each in piece)
+    for piece in pieces:
+        logprobs, learnt = completion_logprobs(module, piece, torch.device("cpu"))
+        masked_mean(-logprobs, learnt, count=count).backward()
+    return torch.cat([p.grad.flatten() for p in module.parameters()])
+
+
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_the_sft_gradient_is_the_same_for_every_split(architecture, size):
-    gradients = []
-    for pieces in ([EXAMPLES], [EXAMPLES[start : start + size] for start in range(0, 4, size)]):
-        model = cases.make_model(architecture).double()
-        count = sum(sum(each.learnt) for each in EXAMPLES)
-        for piece in pieces:
-            logprobs, learnt = completion_logprobs(model, piece, torch.device("cpu"))
-            masked_mean(-logprobs, learnt, count=count).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+def test_the_sft_gradient_is_the_same_for_every_split(architecture, size, completions_of):
+    gradients = [
+        gradient_of(completions_of(cases.make_model(architecture).double()), pieces)
+        for pieces in ([EXAMPLES], [EXAMPLES[start : start + size] for start in range(0, 4, size)])
+    ]
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-10)
+
+
+def test_the_packed_sft_gradient_is_that_of_unpadded_texts(architecture):
+    packed = gradient_of(CompletionModule(use_quick_kernels(cases.make_model(architecture).double())), [EXAMPLES])
+    plain = cases.make_model(architecture).double()
+    total = 0
+    for each in EXAMPLES:
+        logits = plain(torch.tensor([each.ids]), use_cache=False).logits[0]
+        logprobs = logits[:-1].log_softmax(-1).gather(1, torch.tensor(each.ids[1:])[:, None])
+        total = total - logprobs[torch.tensor(each.learnt[1:])].sum() / 9
+    total.backward()
+    expected = torch.cat([p.grad.flatten() for p in plain.parameters()])
+    torch.testing.assert_close(packed, expected, rtol=0, atol=1e-7)  # rotary angles are float32
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.5])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import language_cases as cases
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ppo_rlhf import compute
-from ppo_rlhf.compute import Compute, num_multiplied, peak_memory_gib, set_up_products
+from ppo_rlhf.compute import Compute, num_multiplied, peak_memory_gib, reset_peak_memory, set_up_products
 from ppo_rlhf.config import PPOConfig
 from ppo_rlhf.models import use_quick_kernels
 from ppo_rlhf.policy import PolicyWithValue
@@ -68,6 +70,29 @@ def test_the_measured_peak_is_at_least_what_a_product_then_takes():
     seconds = min(compute._seconds(left, left) for _ in range(20))
     assert 0.2 * 2 * 256**3 / seconds < found.peak_flops < 1e14
     assert 0.05 < peak_memory_gib(CPU) < 500
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak is that of the whole process")
+def test_the_peak_of_memory_is_that_since_it_was_last_forgotten():
+    torch.ones(2**27)  # half a GiB, gone at once
+    before = peak_memory_gib(CPU)
+    reset_peak_memory(CPU)
+    now = peak_memory_gib(CPU)
+    assert now < before - 0.4
+    torch.ones(2**26)
+    assert peak_memory_gib(CPU) == pytest.approx(now + 0.25, abs=0.05)
+
+
+def test_a_peak_that_cannot_be_forgotten_goes_on(monkeypatch):
+    """As where there is no /proc."""
+    monkeypatch.setattr(compute.Path, "write_text", raise_os_error)
+    before = peak_memory_gib(CPU)
+    reset_peak_memory(CPU)
+    assert peak_memory_gib(CPU) >= before
+
+
+def raise_os_error(*_, **__):
+    raise FileNotFoundError("/proc/self/clear_refs")
 
 
 def small_policy(*, separate=False):

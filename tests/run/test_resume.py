@@ -1,5 +1,6 @@
 """A run that was interrupted and resumed ends bit for bit where it would have ended."""
 
+import functools
 import json
 import signal
 import subprocess
@@ -49,6 +50,7 @@ def sft_config(models, data, **changes):
         eval_every=3,
         save_every=2,
         optimizer=OptimizerSettings(lr=1e-2, schedule="cosine", warmup_steps=2, weight_decay=0.1),
+        matmul_precision="highest",
         log_with=(),
         **changes,
     )
@@ -66,6 +68,7 @@ def reward_config(models, data, **changes):
         normalization_prompts=8,
         sampling=SAMPLING,
         optimizer=OptimizerSettings(lr=1e-2, schedule="linear"),
+        matmul_precision="highest",
         log_with=(),
         **changes,
     )
@@ -89,6 +92,7 @@ def ppo_config(models, data, **changes):
         sampling=SAMPLING,
         ppo=PPOSettings(num_epochs=2, num_minibatches=2, micro_batch_size=2),
         optimizer=OptimizerSettings(lr=1e-2),
+        matmul_precision="highest",
         log_with=(),
         **changes,
     )
@@ -98,8 +102,9 @@ STAGES = {
     "sft": (sft, sft_config, "policy"),
     "reward": (reward_model, reward_config, "reward_model"),
     "ppo": (ppo, ppo_config, "policy"),
+    "ppo ahead": (ppo, functools.partial(ppo_config, sample_ahead=True, overlap_scoring=3), "policy"),
 }
-LINES = {"sft": 9, "reward": 9, "ppo": 7}  # of metrics.jsonl: step 0 and every step
+LINES = {"sft": 9, "reward": 9, "ppo": 7, "ppo ahead": 7}  # of metrics.jsonl: step 0 and every step
 
 
 def without_seconds(summary):
@@ -125,7 +130,7 @@ def test_a_resumed_run_ends_bit_for_bit_where_the_uninterrupted_one_ends(stage, 
     assert same_weights(f"resumed/{model}", f"whole/{model}")
     assert without_seconds(resumed) == without_seconds(whole)
     assert Path("resumed/samples.jsonl").read_bytes() == Path("whole/samples.jsonl").read_bytes()
-    if stage == "ppo":
+    if module is ppo:
         coefs = {row["kl_coef"] for row in metrics_of("whole") if "kl_coef" in row}
         assert len(coefs) == 6  # the adapted coefficient was part of what had to be resumed
 

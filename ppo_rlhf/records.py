@@ -1,13 +1,10 @@
-"""What a run left in its folder, as the checks read it: settings, series of metrics, samples."""
+"""What a run left in its folder, as its readers see it: settings, metrics, samples, outcome. Free of torch."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, variance
 from typing import Any
 
 import yaml
@@ -26,7 +23,23 @@ class Record:
     config: dict[str, Any]
     rows: list[dict[str, Any]]  # of metrics.jsonl
     samples: list[dict[str, Any]]  # of samples.jsonl
-    finished: bool
+    summary: dict[str, Any]  # of summary.json, empty while the run goes on
+    environment: dict[str, Any]  # of environment.json
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return bool(self.summary)
+
+    @property
+    def task(self) -> str:
+        """What its curves can be compared within: its stage; of a control run the environment."""
+        return str(self.config.get("env_id", self.stage)) if self.stage == "classic" else self.stage
+
+    @property
+    def pictures(self) -> list[dict[str, Any]]:
+        """Of policy_pictures.jsonl, which a control run has where its state can be drawn."""
+        return _lines(self.folder / "policy_pictures.jsonl")
 
     @property
     def step(self) -> int:
@@ -48,13 +61,15 @@ class Record:
 
 
 def records_of(folder: Path) -> list[Record]:
-    """The run in a folder, or those of a pipeline's stages that have begun.
+    """The run in a folder, or those of a pipeline's stages, or of a control comparison, that have begun.
 
     Raises UserError for a folder that holds no run.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}.")
-    places = [folder / name for name in STAGES if (folder / name / "config.yaml").exists()] or [folder]
+    stages = [folder / name for name in STAGES if (folder / name / "config.yaml").exists()]
+    compared = sorted(path.parent for path in folder.glob("*/*/seed-*/config.yaml"))
+    places = stages or compared or [folder]
     if not (places[0] / "config.yaml").exists():
         raise UserError(f"{folder} holds no run: it has no config.yaml.")
     return [record_of(place) for place in places]
@@ -64,24 +79,33 @@ def record_of(folder: Path) -> Record:
     """What the run in a folder has written so far. Raises UserError for files that no run wrote."""
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        environment = folder / "environment.json"
-        stage = json.loads(environment.read_text(encoding="utf-8"))["stage"] if environment.exists() else ""
-    except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
+        environment, summary = (_json(folder / name) for name in ("environment.json", "summary.json"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{folder} holds no run that can be read: {' '.join(str(error).split())}") from error
     return Record(
         folder=folder,
-        stage=stage,
+        stage=environment.get("stage", ""),
         config=config if isinstance(config, dict) else {},
         rows=[row for row in _lines(folder / "metrics.jsonl") if "step" in row],
         samples=_lines(folder / "samples.jsonl"),
-        finished=(folder / "summary.json").exists(),
+        summary=summary,
+        environment=environment,
     )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a file, empty where there is no file."""
+    value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} holds no object")
+    return value
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The objects in a file of lines; the last one may still be being written."""
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+    # Not splitlines, which also breaks at U+2028 and its like, which stand in JSON as they are.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
         try:
             row = json.loads(line)
         except ValueError:
@@ -89,42 +113,3 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict):
             rows.append(row)
     return rows
-
-
-@dataclass(frozen=True)
-class Change:
-    """How a noisy series moved: the means of its first, best and last quarter."""
-
-    first: float
-    highest: float
-    last: float
-    margin: float  # three standard errors of a difference between two quarters
-
-    @property
-    def rose(self) -> bool:
-        """Whether the last quarter lies above the first beyond the noise."""
-        return self.last - self.first > self.margin
-
-    @property
-    def fell(self) -> bool:
-        """Whether the last quarter lies below the best one beyond the noise."""
-        return self.highest - self.last > self.margin
-
-
-FEWEST = 12  # values of which a quarter says something: three
-
-
-def change_of(values: list[float]) -> Change | None:
-    """How the series moved; None for one too short to say."""
-    if len(values) < FEWEST:
-        return None
-    bounds = [round(len(values) * part / 4) for part in range(5)]
-    quarters = [values[start:end] for start, end in itertools.pairwise(bounds)]
-    means = [fmean(quarter) for quarter in quarters]
-    errors = [variance(quarter) / len(quarter) for quarter in quarters]
-    return Change(means[0], max(means), means[-1], 3 * math.sqrt(errors[0] + errors[-1]))
-
-
-def latest(values: list[float]) -> list[float]:
-    """The last quarter of a series, at least three of its values."""
-    return values[-max(3, len(values) // 4) :]
