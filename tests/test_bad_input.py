@@ -488,12 +488,12 @@ DATA = {
         rows(prompt=tiny_models.EOS),
         ["data: row 3", "special"],
     ),
-    "a number among the prompts": ("ppo", rows(prompt=3), ["given.jsonl"]),
-    "a list among the completions": ("sft", rows(completion=[" a"]), ["given.jsonl"]),
+    "a number among the prompts": ("ppo", rows(prompt=3), ["prompts: row 3", "int"]),
+    "a list among the completions": ("sft", rows(completion=[" a"]), ["data: row 3", "list"]),
     "demonstrations mixed with texts": (
         "sft",
         [*rows(), {"text": "a fish"}],
-        ["column 'prompt'"],
+        ["data: ", "`text`"],
     ),
     "comparisons mixed with rankings": (
         "reward",

@@ -99,7 +99,7 @@ def read_or_refused(line, execute, words):
 
 
 @pytest.mark.parametrize("command", PROGRAMS)
-@settings(bounded, max_examples=40)
+@settings(bounded, max_examples=25)
 @given(data=st.data())
 def test_settings_of_any_value_are_read_or_refused_in_one_line(command, data):
     line = PROGRAMS[command]
@@ -114,7 +114,7 @@ def test_settings_of_any_value_are_read_or_refused_in_one_line(command, data):
     )
 
 
-@bounded
+@settings(bounded, max_examples=25)
 @given(st.binary(max_size=60) | TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass")))
 @example(b"[" * 3000)
 @example(b"{a: " * 400)

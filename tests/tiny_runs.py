@@ -13,6 +13,8 @@ import yaml
 from safetensors.torch import load_file
 
 from ppo_rlhf import compute
+from ppo_rlhf.config import MissingEOS, PPOConfig
+from ppo_rlhf.settings import OptimizerSettings, PPOSettings, SamplingSettings
 
 WORDS = ["red", "blue", "green", "fish", "bird", "stone", "river", "small", "bright", "old"]
 STOPS = tuple(range(2, 62))  # ids that end a response in many of these tests: an untrained model then stops by itself
@@ -120,6 +122,27 @@ def annotate(prompts, responses, *, seed):
         rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return rows
 """
+
+
+# ---------------------------------------------------------------------------------------------------- settings
+
+
+def ppo_config(models, **changes):
+    """PPO into `run`, a few seconds long, where every response counts by its own score."""
+    settings = {
+        "policy": models["gpt2"],
+        "output_dir": "run",
+        "num_steps": 4,
+        "batch_size": 8,
+        "eval_every": 0,
+        "save_every": 0,
+        "missing_eos": MissingEOS("none"),  # else the score of a response that is cut off does not count
+        "log_with": (),
+        "sampling": SamplingSettings(max_new_tokens=8, stop_token_ids=STOPS),
+        "ppo": PPOSettings(num_epochs=2),
+        "optimizer": OptimizerSettings(lr=1e-3, schedule="constant"),
+    }
+    return PPOConfig(**settings | changes)
 
 
 # ----------------------------------------------------------------------------------------------------- running

@@ -186,7 +186,7 @@ def _factor_of(units: Sequence[Lexeme]) -> float:
     return factor
 
 
-@lru_cache(maxsize=1 << 16)
+@lru_cache(maxsize=1 << 12)
 def read_clause(words: tuple[str, ...]) -> tuple[bool, float, bool]:
     """(grammatical, sentiment, whether it is a verdict on the whole) of one clause."""
     units = units_of(words)

@@ -22,7 +22,7 @@ from tiny_runs import STOPS
 import classic
 from ppo_rlhf import doctor
 from ppo_rlhf.cli import main
-from ppo_rlhf.config import MissingEOS, PPOConfig, RewardConfig, SFTConfig
+from ppo_rlhf.config import PPOConfig, RewardConfig, SFTConfig
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.models import load_policy
 from ppo_rlhf.settings import OptimizerSettings, PPOSettings, SamplingSettings
@@ -44,33 +44,15 @@ def nothing(prompts, responses, **columns):
     return [0.0] * len(responses)
 
 
-def tiny(models, **changes):
-    """Settings of a PPO run of a second: 16 steps of 16 responses."""
-    settings = {
-        "policy": models["gpt2"],
-        "output_dir": "run",
-        "num_steps": 16,
-        "batch_size": 16,
-        "eval_every": 0,
-        "save_every": 0,
-        "eval_fraction": 0.3,
-        "kl_coef": 0.0,
-        "missing_eos": MissingEOS("none"),
-        "log_with": (),
-        "sampling": SamplingSettings(max_new_tokens=8, stop_token_ids=STOPS),
-        "ppo": PPOSettings(num_epochs=2),
-        "optimizer": OptimizerSettings(lr=1e-3, schedule="constant"),
-    }
-    return PPOConfig(**settings | changes)
-
-
 def fast(lr):
     return OptimizerSettings(lr=lr, schedule="constant")
 
 
 def run(models, reward=vowels, *, given=None, gold=None, **changes):
     """A PPO run with these settings; → what the doctor finds. given: objects that take a name's place."""
-    ppo.train(tiny(models, **changes), reward=reward, gold=gold, prompts=ROWS, **given or {})
+    settings = {"num_steps": 16, "batch_size": 16, "eval_fraction": 0.3, "kl_coef": 0.0} | changes
+    config = tiny_runs.ppo_config(models, **settings)
+    ppo.train(config, reward=reward, gold=gold, prompts=ROWS, **given or {})
     return findings()
 
 
@@ -361,7 +343,7 @@ def test_watch_follows_a_run_to_its_end(models, capfd):
         if step == 2:
             assert seen.wait(30)
 
-    config = tiny(models, batch_size=2, num_steps=4)
+    config = tiny_runs.ppo_config(models, batch_size=2)
     training = threading.Thread(target=lambda: ppo.train(config, reward=vowels, prompts=ROWS, callbacks=[slowly]))
     training.start()
     while not Path("run/metrics.jsonl").exists():

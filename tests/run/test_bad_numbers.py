@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import tiny_runs
 import torch
-from tiny_runs import STOPS, jsonl, metrics_of, same_weights
+from tiny_runs import jsonl, metrics_of, same_weights
 
 from ppo_rlhf.cli import main
-from ppo_rlhf.config import MissingEOS, PPOConfig, RewardConfig, SFTConfig
+from ppo_rlhf.config import RewardConfig, SFTConfig
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.models import load_policy
 from ppo_rlhf.settings import OptimizerSettings, PPOSettings, SamplingSettings
@@ -20,21 +20,13 @@ BEFORE = 1  # calls of the reward before the first rollout: the held-out prompts
 
 def config(models, **changes):
     settings = {
-        "policy": models["gpt2"],
-        "output_dir": "run",
-        "num_steps": 4,
-        "batch_size": 8,
-        "eval_every": 0,
         "save_every": 1,
         "max_eval_prompts": 4,
         "kl_target": 1.0,
-        "missing_eos": MissingEOS("none"),  # else the score of a response that is cut off does not count
-        "log_with": (),
-        "sampling": SamplingSettings(max_new_tokens=6, stop_token_ids=STOPS),
         "ppo": PPOSettings(num_epochs=2, num_minibatches=2),
         "optimizer": OptimizerSettings(lr=1e-2, schedule="constant"),
     }
-    return PPOConfig(**settings | changes)
+    return tiny_runs.ppo_config(models, **settings | changes)
 
 
 def reward_that_is(number, calls):
