@@ -163,9 +163,8 @@ def ppo_step(
     metrics |= throughput_metrics(rollout, metrics, parts.model, parts.reference, config, compute)
     metrics["memory/peak_gib"] = peak_memory_gib(accelerator.device)
     metrics |= {"kl_coef": state.kl_coef, "lr": optimizer.param_groups[0]["lr"], "episodes": (step + 1) * size}
-    known = {"score": scores, **({"gold_score": gold} if gold is not None else {}), "kl": kl.sum(1)}
-    samples = sample_rows(prompts, responses, known, rollout, rewards, experience, after_epochs, parts.tokenizer)
-    samples = [{"step": step + 1, "kind": "rollout", "kl_coef": state.kl_coef, **row} for row in samples]
+    known = (rollout, rewards, experience, after_epochs)
+    samples = sample_rows(step + 1, prompts, responses, scores, gold, *known, parts.tokenizer, kl_coef=state.kl_coef)
     bad = bad_samples(step + 1, prompts, responses, scores, rollout, experience) if metrics["skipped_steps"] else []
     return metrics, samples, bad
 
