@@ -130,7 +130,7 @@ def _notes(series: Series) -> list[str]:
 
 
 def _hover(renderers: list[Any], across: str, mode: Literal["mouse", "vline"]) -> HoverTool:
-    """Numbers under the pointer. Text goes in as text: `@{…}` is escaped."""
+    """Numbers under the pointer; Bokeh escapes what it fills in."""
     told = f"<b>@y{{0.[0000]}}</b> &nbsp;{across} @x{{0.[00]}}<br>$name @{{note}}"
     return HoverTool(renderers=renderers, mode=mode, tooltips=f"<div>{told}</div>", line_policy="nearest")
 

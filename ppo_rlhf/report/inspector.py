@@ -25,16 +25,15 @@ def inspected(records: Sequence[Record], names: Sequence[str]) -> list[dict[str,
 def _inspected(record: Record, name: str, most: int) -> dict[str, Any]:
     beta = points_of(record, "kl_coef")
     kinds = {}
-    for kind, share in (("held-out", most // 2), ("rollout", most // 2)):
+    for kind in ("held-out", "rollout"):
         rows = [row for row in record.samples if row.get("kind") == kind]
-        kinds[kind] = [_row(row, beta) for row in _thinned(rows, share)]
+        kinds[kind] = [_row(row, beta) for row in _thinned(rows, most // 2)]
     return {
         "name": name,
         "gamma": record.setting("gamma", 1.0),
         "lambda": record.setting("gae_lambda", 0.95),
         "clip": record.setting("ppo.clip_range"),
         "dual_clip": record.setting("ppo.dual_clip"),
-        "minibatches": record.setting("ppo.num_minibatches", 1),
         "held_out": kinds["held-out"],
         "rollouts": kinds["rollout"],
     }

@@ -222,10 +222,19 @@ def learn(
     metrics |= throughput_metrics(rollout, metrics, parts.model, parts.reference, config, compute)
     metrics["memory/peak_gib"] = peak_memory_gib(accelerator.device)
     metrics |= {"kl_coef": state.kl_coef, "lr": optimizer.param_groups[0]["lr"], "episodes": step * config.batch_size}
-    kl = torch.where(rollout.mask, rollout.logprobs - rollout.ref_logprobs, 0).sum(1)
-    known = {"score": scores.total, **({} if gold is None else {"gold_score": gold.total}), "kl": kl}
-    samples = sample_rows(prompts, responses, known, rollout, rewards, experience, after_epochs, parts.tokenizer)
-    samples = [{"step": step, "kind": "rollout", "kl_coef": state.kl_coef, **row} for row in samples]
+    samples = sample_rows(
+        step,
+        prompts,
+        responses,
+        scores,
+        gold,
+        rollout,
+        rewards,
+        experience,
+        after_epochs,
+        parts.tokenizer,
+        kl_coef=state.kl_coef,
+    )
     bad = []
     if metrics["skipped_steps"]:
         bad = bad_samples(step, prompts, responses, scores.total, rollout, experience)

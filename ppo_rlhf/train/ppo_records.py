@@ -181,18 +181,22 @@ def recorded_logprobs(policy: nn.Module, rollout: Rollout) -> Tensor:
 
 
 def sample_rows(
+    step: int,
     prompts: PromptBatch,
     responses: Responses,
-    known: dict[str, Tensor],
+    scores: Scores,
+    gold: Scores | None,
     rollout: Rollout,
     rewards: Tensor,
     experience: Experience,
     after_epochs: Sequence[Tensor],
     tokenizer: PreTrainedTokenizerBase,
+    *,
+    kl_coef: float,
 ) -> list[dict[str, Any]]:
     """The first few responses of a rollout, with everything PPO knew of each of their tokens.
 
-    known: (B,) numbers of whole responses by name. after_epochs: (SAMPLES_PER_STEP, T) log π after each epoch.
+    after_epochs: log π after each epoch of the update, (SAMPLES_PER_STEP, T) each.
     """
     per_token = {
         "logprobs": rollout.logprobs,
@@ -203,15 +207,20 @@ def sample_rows(
         "advantages": experience.advantages,
         "returns": experience.returns,
     }
+    whole = {"score": scores.total, "kl": torch.where(rollout.mask, rollout.logprobs - rollout.ref_logprobs, 0).sum(1)}
+    whole |= {"gold_score": gold.total} if gold is not None else {}
     rows = []
     for row in range(min(SAMPLES_PER_STEP, len(prompts))):
         kept = responses.mask[row]
         rows.append(
             {
+                "step": step,
+                "kind": "rollout",
                 "prompt": prompts.texts[row],
                 "response": responses.texts[row],
                 "finished": bool(responses.finished[row]),
-                **{name: round(float(tensor[row]), DIGITS) for name, tensor in known.items()},
+                **{name: round(float(tensor[row]), DIGITS) for name, tensor in whole.items()},
+                "kl_coef": kl_coef,
                 **token_numbers(row, responses, per_token, tokenizer),
                 "new_logprobs": [_rounded(logprobs[row][kept]) for logprobs in after_epochs],
             }

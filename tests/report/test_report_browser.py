@@ -15,7 +15,7 @@ HOSTILE = """</script><script>document.title = "hacked"; alert(1)</script>
 
 
 def address_of(*folders, **more):
-    return f"file://{write_report(list(folders), **more).absolute()}"
+    return write_report(list(folders), **more).absolute().as_uri()
 
 
 def opened(browser, *folders):
@@ -47,11 +47,17 @@ def colour_of(token):
     return token.evaluate("element => getComputedStyle(element).backgroundColor")
 
 
-def test_charts_are_drawn_and_the_pointer_reads_their_numbers(page):
+def hover_over_a_chart(page):
+    """Until its numbers are told."""
     picture = page.locator(".charts:not(.wide) .picture").first
     picture.locator("canvas").first.wait_for()
     picture.hover()
     page.get_by_text(re.compile(r"^ *step [0-9]")).first.wait_for()
+
+
+def test_charts_are_drawn_and_the_pointer_reads_their_numbers(page):
+    hover_over_a_chart(page)
+    assert all(picture.locator("canvas").count() for picture in page.locator(".picture").all())
 
 
 def test_pointing_at_a_token_shows_its_numbers_and_the_formula(page):
@@ -163,13 +169,14 @@ def test_pieces_of_a_character_say_which_one_they_make(browser, tmp_path):
 
 
 def test_hostile_text_is_inert(browser, tmp_path):
-    folder = write_run(tmp_path / "run", texts=[HOSTILE], reward=HOSTILE)
+    folder = write_run(tmp_path / "<img src=x onerror=alert(3)>", texts=[HOSTILE], reward=HOSTILE)
     finding = dict.fromkeys(("name", "evidence", "folder", "step", "cause", "remedy", "threshold"), HOSTILE)
     with page_of(browser, address_of(folder, findings=[finding]), offline=True) as page:
         assert tokens_of(page).first.inner_text().startswith("</script><script>")
         for place in range(12):
             tokens_of(page).nth(place).hover()
-        assert page.title() == "run: run report"
+        hover_over_a_chart(page)
+        assert page.title() == "<img src=x onerror=alert(3)>: run report"
         assert page.locator("img").count() == 0
         assert page.evaluate("getComputedStyle(document.body).display") != "none"
         assert "{{ 7*7 }}" in page.inner_text("#doctor")

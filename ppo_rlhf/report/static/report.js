@@ -148,12 +148,14 @@ function drawScale(quantity, reach) {
 const INVISIBLE = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\u{e0000}-\u{e007f}]/gu;
 const named = (character) => `U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
 
-// A token as it is shown: marks for what would be invisible, and for the pieces of a character that needs several tokens.
+const visible = (text) => text.replace(INVISIBLE, (character) => `[${named(character)}]`);
+const fragmentAt = (row, t) => (row.fragments ?? []).find(([first, size]) => first <= t && t < first + size);
+
+// A token as [text, whether it is a mark]: marks stand for what would be invisible, and for the later pieces of a
+// character that needs several tokens.
 function textOf(row, t) {
-  const [first, size, text] = (row.fragments ?? []).find(([start, count]) => start <= t && t < start + count) ?? [];
-  if (text !== undefined) {
-    return t === first ? [[visible(text), false]] : [["▹", true]].map(([mark, sign]) => [mark, sign, `piece ${t - first + 1} of ${size} of ${text}`]);
-  }
+  const fragment = fragmentAt(row, t);
+  if (fragment) return t === fragment[0] ? [[visible(fragment[2]), false]] : [["▹", true]];
   const token = row.tokens[t];
   if (token === "") return [["∅", true]];
   if (/^ +$/.test(token)) return [["␣".repeat(token.length), true]];
@@ -163,11 +165,10 @@ function textOf(row, t) {
     .map((part) => (part === "\n" ? ["↵\n", true] : part === "\t" ? ["⇥\t", true] : [visible(part), false]));
 }
 
-const visible = (text) => text.replace(INVISIBLE, (character) => `[${named(character)}]`);
-
+// What the card and a screen reader call a token, and a remark about it.
 function nameOf(row, t) {
-  const [first, size, text] = (row.fragments ?? []).find(([start, count]) => start <= t && t < start + count) ?? [];
-  if (text !== undefined) return [`“${visible(text)}”`, `piece ${t - first + 1} of ${size}: a character of several tokens`];
+  const fragment = fragmentAt(row, t);
+  if (fragment) return [`“${visible(fragment[2])}”`, `piece ${t - fragment[0] + 1} of ${fragment[1]}: a character of several tokens`];
   const token = row.tokens[t];
   if (token.includes("\ufffd")) return [`“${visible(token)}”`, "bytes that are no whole character"];
   if (token === "") return ["∅", "a token without text"];
