@@ -207,8 +207,8 @@ class PPOConfig(RunConfig):
     the other responses to its prompt, without one: less their mean (Ahmadian et al., 2024), or normalised (Shao et al.,
     2024)."""
     value_model: Literal["shared", "separate"] = "shared"
-    """Of gae. shared: a head on the policy's trunk. separate: a model that starts from the reward model where it is the
-    only reward, else from the policy."""
+    """Of gae. shared: a head on the policy's trunk. separate: a model that starts from the reward model where `reward`
+    names just that, else from the policy."""
     kl_coef: float = 0.05
     """β of the KL penalty in the reward (Stiennon et al., 2020: 0.05), to start with where kl_target is given."""
     kl_target: float | None = None

@@ -31,7 +31,9 @@ def commands_in(text):
     return [words for words in told if words[0] in PROGRAMS]
 
 
-PYTHON = [pytest.param(block, id=path.name) for path in READMES for block in fenced_blocks(path.read_text(), "python")]
+PYTHON = [
+    pytest.param(block, id=path.name) for path in DOCUMENTS for block in fenced_blocks(path.read_text(), "python")
+]
 COMMANDS = [words for path in DOCUMENTS for words in commands_in(path.read_text())]
 
 
@@ -41,7 +43,7 @@ def test_the_readme_has_python_and_commands_to_try():
 
 
 @pytest.mark.parametrize("block", PYTHON)
-def test_the_python_of_the_readme_runs_on_a_users_files(block, models):
+def test_the_python_of_readme_and_docs_runs_on_a_users_files(block, models):
     Path("runs/sft").mkdir(parents=True)
     Path("runs/sft/policy").symlink_to(models["gpt2"])
     tiny_runs.write_rows("demonstrations.jsonl", tiny_runs.demonstrations(80))
