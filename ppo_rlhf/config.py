@@ -240,8 +240,8 @@ class PPOConfig(RunConfig):
     the other responses to its prompt, without one: less their mean (Ahmadian et al., 2024), or normalised (Shao et al.,
     2024)."""
     value_model: Literal["shared", "separate"] = "shared"
-    """Of gae. shared: a head on the policy's trunk. separate: a model that starts from the reward model where it is the
-    only reward, else from the policy."""
+    """Of gae. shared: a head on the policy's trunk. separate: a model that starts from the reward model where `reward`
+    names just that, else from the policy."""
     value_head: str | None = None
     """A folder with a head that a shared value function starts from, `v_head.summary.…`: a run's value_head/, or one of
     TRL's; null: that of the policy's folder where it has one, else zero."""

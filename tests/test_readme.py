@@ -45,7 +45,7 @@ def test_the_readme_has_python_and_commands_to_try():
 
 
 @pytest.mark.parametrize("block", PYTHON)
-def test_the_python_of_the_readme_runs_on_a_users_files(block, models):
+def test_the_python_of_readme_and_docs_runs_on_a_users_files(block, models):
     Path("runs/sft").mkdir(parents=True)
     Path("runs/sft/policy").symlink_to(models["gpt2"])
     tiny_runs.write_rows("demonstrations.jsonl", tiny_runs.demonstrations(80))

@@ -107,6 +107,31 @@ def test_two_processes_adapt_the_kl_coefficient_by_the_global_kl(runs):
     assert metrics_of(two / "ppo")[2]["kl_coef"] != 0.05
 
 
+def test_two_processes_normalise_compare_and_read_texts_as_one(models, data, tmp_path):
+    parts = "[{reward: user.py:vowels}, {reward: user.py:length, weight: 0.5}]"
+    line = (
+        f"ppo --policy {models['gpt2']} --prompts {data['prompts']} --batch_size 8 --num_steps 2 {COMMON} {SAMPLING} "
+        "--max_eval_prompts 3 --optimizer.lr 1e-3 --ppo.num_epochs 2 --advantage rloo --responses_per_prompt 2 "
+        "--kl_penalty k2 --score_shaping.normalize running --ema_decay 0.5 --matmul_precision highest "
+        f"--pretraining.data {data['demonstrations']} --pretraining.batch_size 4 --pretraining.micro_batch_size 1"
+    )
+    words = [*line.split(), "--reward", parts]
+    assert main([*words, "--output-dir", "one"]) == 0
+    done = two_processes("-m", "ppo_rlhf", *words, "--output-dir", "two", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, two = (metrics_of(tmp_path / name) for name in ("one", "two"))
+    for name in ("objective/score", "objective/score/vowels", "objective/reward", "loss/pretraining", "grad_norm"):
+        for step in (1, 2):
+            assert two[step][name] == pytest.approx(one[step][name], rel=1e-3, abs=1e-4), (step, name)
+    states = [
+        json.loads((tmp_path / name / "checkpoints/step_000002/loop.json").read_text()) for name in ("one", "two")
+    ]
+    assert states[1]["score_moments"] == pytest.approx(states[0]["score_moments"])
+    weights = weights_of(tmp_path / "one" / "policy")
+    for name, value in weights_of(tmp_path / "two" / "policy").items():
+        assert float((value - weights[name]).abs().max()) < 1e-4, name
+
+
 def test_a_batch_that_two_processes_cannot_share_is_refused(models, data, tmp_path):
     words = COMMANDS["sft"].format(**models, **data).replace("--batch_size 4", "--batch_size 5").split()
     done = two_processes("-m", "ppo_rlhf", *words, "--output-dir", "out", cwd=tmp_path)

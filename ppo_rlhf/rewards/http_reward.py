@@ -80,13 +80,7 @@ class HTTPReward:
                 passing = answer.status_code in RETRIED
             except httpx2.TransportError as error:
                 problem, passing = f"{type(error).__name__}: {error}", True
-            except (
-                httpx2.HTTPError,
-                httpx2.InvalidURL,
-                TypeError,
-                ValueError,
-            ) as error:
-                # columns that are not JSON, too
+            except (httpx2.HTTPError, httpx2.InvalidURL, TypeError, ValueError) as error:  # columns that are no JSON
                 raise UserError(f"reward {self.url} cannot be asked: {error}") from error
             if not passing:
                 break

@@ -13,15 +13,16 @@ from test_language_ppo import MASK, config_of, experience_with, rollout_with
 
 from ppo_rlhf.config import MissingEOS, PretrainingSettings
 from ppo_rlhf.core import ppo_loss
+from ppo_rlhf.data import Example
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.policy import PolicyWithValue
 from ppo_rlhf.prompts import PromptBatch
 from ppo_rlhf.rollout import evaluate
 from ppo_rlhf.settings import PPOSettings
 from ppo_rlhf.train.averaging import averaged, moving_average
-from ppo_rlhf.train.ppo import experience_of, missing_eos_rule
+from ppo_rlhf.train.ppo import experience_of
+from ppo_rlhf.train.ppo_credit import missing_eos_rule
 from ppo_rlhf.train.pretraining import pretraining_of
-from ppo_rlhf.train.sft import Demonstration
 from ppo_rlhf.update import ppo_update
 
 STOPPED = torch.tensor([True, True, False, True])  # of MASK, the third response was cut off
@@ -34,7 +35,11 @@ def accelerator():
 
 # ---------------------------------------------------------------------------------------------------- PPO-ptx
 
-TEXTS = [Demonstration([5, 9, 12, 40, 0], 2), Demonstration([7, 3], 1), Demonstration([8, 30, 31, 0], 3)]
+TEXTS = [
+    Example([5, 9, 12, 40, 0], [False, False, True, True, True]),
+    Example([7, 3], [False, True]),
+    Example([8, 30, 31, 0], [False, False, False, True]),
+]
 
 
 def ptx_config(**changes):
@@ -200,7 +205,7 @@ def test_the_moving_average_starts_at_the_weights_and_follows_them_slowly():
     average = moving_average({}, module, 0.75)
     module.weight.data.fill_(5.0)
     average = moving_average(average, module, 0.75)
-    assert average["weight"].tolist() == [[2.0]]  # ¾·1 + ¼·5
+    assert average["average/weight"].tolist() == [[2.0]]  # ¾·1 + ¼·5
     with averaged(module, average):
         assert module.weight.tolist() == [[2.0]]
     assert module.weight.tolist() == [[5.0]]

@@ -17,7 +17,8 @@ from ppo_rlhf.models import frozen_copy
 from ppo_rlhf.rewards import RewardModel
 from ppo_rlhf.rollout import Rollout
 from ppo_rlhf.settings import PPOSettings, SamplingSettings
-from ppo_rlhf.train.ppo import experience_of, missing_eos_rule, next_kl_coef
+from ppo_rlhf.train.ppo import experience_of, next_kl_coef
+from ppo_rlhf.train.ppo_credit import missing_eos_rule
 from ppo_rlhf.train.ppo_evaluation import distinct_2, summary_of
 from ppo_rlhf.train.ppo_parts import load_parts, value_model_of
 from ppo_rlhf.train.reward_model import classifier_from
