@@ -341,7 +341,8 @@ def _plain(value: Any) -> Any:
 
 def _keep_lines_until(path: Path, step: int) -> None:
     if path.exists():
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _step_of(line) <= step]
+        with path.open(encoding="utf-8", newline="\n") as lines:  # not splitlines, which breaks at U+2028 as well
+            kept = [line for line in lines if _step_of(line) <= step]
         write_text(path, "".join(kept))
 
 
