@@ -1,6 +1,7 @@
 """Files of a run are written whole or not at all."""
 
 import contextlib
+import json
 import math
 import os
 from pathlib import Path
@@ -196,6 +197,17 @@ def test_what_was_logged_after_the_checkpoint_is_forgotten_also_a_line_cut_in_ha
     again.log(2, {"loss": 1.5})
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     assert lines == ['{"step": 0, "loss": 3.0}', '{"step": 1, "loss": 2.0}', '{"step": 2, "loss": 1.5}']
+
+
+def test_a_line_with_a_character_that_elsewhere_ends_lines_is_one_line(tmp_path, accelerator):
+    said = "one\u2028two\x85three"
+    with run_in(tmp_path / "out", accelerator) as run:
+        run.log_samples([{"step": 1, "response": said}])
+        run.save_checkpoint(LoopState(step=1))
+        run.log_samples([{"step": 2, "response": said}])
+    assert run_in(tmp_path / "out", accelerator).resume() == LoopState(step=1)
+    (line,) = (tmp_path / "out" / "samples.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    assert json.loads(line) == {"step": 1, "response": said}
 
 
 def test_one_process_has_all_the_rows(accelerator):
