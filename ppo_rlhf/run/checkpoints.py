@@ -139,6 +139,7 @@ def load_checkpoint(folder: Path, accelerator: Accelerator) -> LoopState | None:
                 ) from error
             numbers = json.loads((path / "loop.json").read_text(encoding="utf-8"))
             tensors = path / "loop.safetensors"
+            numbers = {name: tuple(x) if isinstance(x, list) else x for name, x in numbers.items()}
             return LoopState(**{**numbers, "tensors": load_file(tensors) if tensors.exists() else {}})
         accelerator.print(f"checkpoint {path} is damaged; the one before it is used.", file=sys.stderr)
     return None
