@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from ppo_rlhf.core import Evaluation, Experience, ppo_loss, whiten
-from ppo_rlhf.core.losses import STATISTICS, kl_old_new
+from ppo_rlhf.core.losses import kl_old_new
 from ppo_rlhf.core.masked import SumAcross, identity
 from ppo_rlhf.micro_batches import MicroBatch, average_gradients, local_gradients
 from ppo_rlhf.settings import PPOSettings
@@ -206,25 +206,25 @@ def _gradient(
             for evaluation, measured in _evaluations(policy, piece, accelerator):
                 loss, found = ppo_loss(evaluation, piece, **loss_settings, count=count)
                 loss.backward() if accelerator is None else accelerator.backward(loss)
-                statistics |= {name: found[name] for name in measured}
+                statistics |= found if measured is None else {name: found[name] for name in measured}
         totals = _summed(totals, statistics)
     return totals
 
 
 def _evaluations(
     policy: nn.Module, piece: Experience, accelerator: Accelerator | None
-) -> Iterator[tuple[Evaluation, Sequence[str]]]:
-    """What the policy says of a micro-batch, and the statistics that can be taken from it.
+) -> Iterator[tuple[Evaluation, Sequence[str] | None]]:
+    """What the policy says of a micro-batch, and the statistics that can be taken from it; None: all.
 
     Where its decisions and values come from models apart they come in turn, each with the other as it was in the
     rollout, which adds a constant to the loss: the gradient is the same, and memory holds the activations of one model.
     """
     module: Any = policy if accelerator is None else accelerator.unwrap_model(policy)
     if not getattr(module, "evaluates_in_turn", False):
-        yield policy(**piece.inputs), STATISTICS
+        yield policy(**piece.inputs), None
         return
     decisions = policy(**piece.inputs, only="decisions")
-    yield decisions._replace(values=piece.values), [name for name in STATISTICS if name != "loss/value"]
+    yield decisions._replace(values=piece.values), None
     values = policy(**piece.inputs, only="values").values
     yield Evaluation(piece.logprobs, decisions.entropy.detach(), values), ["loss/value"]
 

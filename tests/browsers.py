@@ -14,7 +14,7 @@ QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 QUIET += ["--disable-component-update", "--disable-sync"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # of a session there could be but one in a process, and two folders take it up
 def browser():
     if CHROMIUM is None:
         databases.missing("chromium")

@@ -51,7 +51,7 @@ GUIDE = (
         "The reward model reads whole responses, so its score is paid once, at the end; every token pays for its KL. "
         "Without the penalty the policy would find texts that fool the reward model.",
         "ppo_rlhf/core/kl.py",
-        "penalty = torch.where(mask, -kl_coef * kl, 0)",
+        "rewards = torch.where(mask, -kl_coef * kl, 0)",
     ),
     Entry(
         "value",
@@ -59,7 +59,7 @@ GUIDE = (
         "V(sₜ)",
         "What the value head expects the response to earn from here on, before it sees this token.",
         "ppo_rlhf/policy.py",
-        "values = linear_values(self.value_head, hidden)",
+        "values = tokens.padded(linear_values(self.value_head, hidden))",
     ),
     Entry(
         "advantage",

@@ -61,7 +61,7 @@ def evaluate_held_out(
             batch = list(numbers[start : start + config.sampling.batch_size])
             rows += _evaluate_batch(batch, parts, config, accelerator, state, must_be_finite)
     rows = gathered(rows)
-    scores = torch.tensor([row["score"] for row in rows])
+    scores = torch.tensor([row["score"] for row in rows], dtype=torch.float64)
     metrics = {
         "eval/score": _mean([row["score"] for row in rows]),
         "eval/score_std": float(scores.std(correction=0)),

@@ -70,7 +70,8 @@ def opinions(prompts, responses, *, response_tokens, **columns):
 
 def test_a_dense_reward_raises_the_gold_score(policy, tmp_path):
     reward = (RewardPart("test_reward_learning:opinions"),)
-    assert improvement(policy, tmp_path, reward=reward) > 2
+    # Held closer to the reference: a sum of opinions is best earned by praise without end.
+    assert improvement(policy, tmp_path, reward=reward, kl_coef=0.3) > 2
 
 
 def pessimist(prompts, responses, **columns):

@@ -50,7 +50,6 @@ def sft_config(models, data, **changes):
         eval_every=3,
         save_every=2,
         optimizer=OptimizerSettings(lr=1e-2, schedule="cosine", warmup_steps=2, weight_decay=0.1),
-        matmul_precision="highest",
         log_with=(),
         **changes,
     )
@@ -68,7 +67,6 @@ def reward_config(models, data, **changes):
         normalization_prompts=8,
         sampling=SAMPLING,
         optimizer=OptimizerSettings(lr=1e-2, schedule="linear"),
-        matmul_precision="highest",
         log_with=(),
         **changes,
     )
@@ -92,7 +90,6 @@ def ppo_config(models, data, **changes):
         sampling=SAMPLING,
         ppo=PPOSettings(num_epochs=2, num_minibatches=2, micro_batch_size=2),
         optimizer=OptimizerSettings(lr=1e-2),
-        matmul_precision="highest",
         log_with=(),
         **changes,
     )

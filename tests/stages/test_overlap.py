@@ -1,5 +1,6 @@
 """Scoring beside sampling and updates: the same scores, errors that travel, ratios to the policy that sampled."""
 
+import functools
 import threading
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from ppo_rlhf.rollout import Rollout
 from ppo_rlhf.settings import OptimizerSettings, PPOSettings, SamplingSettings
 from ppo_rlhf.train import ppo, ppo_batch
 from ppo_rlhf.train.ppo_batch import Batch, joined, restored_batch, tensors_of
+from ppo_rlhf.train.ppo_parts import Parts
 from ppo_rlhf.train.ppo_records import Clock
 
 PATIENCE = 60  # seconds until a test that would wait for ever gives up
@@ -198,6 +200,7 @@ def test_each_process_gets_its_own_rollout_back(monkeypatch, models):
     ]
     rows = [{"prompt": f"red {letter}"} for letter in "abcd"]
     parts = SimpleNamespace(tokenizer=tokenizer, prompts=Prompts(rows, tokenizer, longest=20, setting="prompts"))
+    parts.rows_of = functools.partial(Parts.rows_of, parts)
     config = PPOConfig(batch_size=4)
     batches = [
         saved_batch(ppo_batch.prompts_of(1, parts, config, accelerator), widths, generator)
