@@ -66,7 +66,7 @@ def train(stage, settings, tmp_path, capfd):
 def judge(page, count):
     """Ranks as the gold reward does, by keys, reading nothing but the page."""
     for _ in range(count):
-        prompt, responses = page.inner_text(".prompt .text"), page.locator(".response .text").all_inner_texts()
+        prompt, responses = page.inner_text(".prompt .text"), page.locator(".response .formatted").all_inner_texts()
         scores = toy.gold([prompt] * len(responses), responses)
         for position in sorted(range(len(responses)), key=lambda index: -scores[index]):
             page.keyboard.press(str(position + 1))
