@@ -83,7 +83,7 @@ def test_labels_made_in_a_browser_train_a_reward_model_that_raises_the_gold_scor
     train("sft", SFT, tmp_path, capfd)
     prompts = list(toy.prompts())
     labelled, others = (write_rows(f"{number}.jsonl", prompts[number::2]) for number in range(2))
-    held_out = samples_of_one("sft", prompts=others, count=200, responses=2, seed=1)
+    held_out = samples_of_one("sft", prompts=others, count=800, responses=2, seed=1)
     rows = [{"prompt": pair.prompt, "responses": pair.responses, "ranks": gold_ranks(pair)} for pair in held_out]
     write_rows(tmp_path / "held_out.jsonl", rows)
 
