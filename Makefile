@@ -1,15 +1,18 @@
-# `make demo` runs the main job, `make test` lint, types and tests; each sets itself up on a fresh machine.
+# `make demo` runs the main job, `make test` lint, types and tests, `make docs` builds site/; each sets itself up on a fresh machine.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup demo test
+.PHONY: setup demo docs test
 setup: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/ppo-rlhf demo $(ARGS)
+
+docs: $(STAMP)
+	$(BIN)/zensical build --clean --strict
 
 test: export OMP_NUM_THREADS = 1
 test: export HF_HUB_OFFLINE = 1
