@@ -145,6 +145,13 @@ def ppo_config(models, **changes):
     return PPOConfig(**settings | changes)
 
 
+SHORT_DEMO = (
+    "--sft.num-epochs 0.1 --sft.eval-every 0 --sft.save-every 0 --comparisons.num-prompts 300 --reward.num-epochs 2 "
+    "--reward.save-every 0 --reward.eval-every 0 --reward.normalization-prompts 32 --ppo.num-steps 12 "
+    "--ppo.batch-size 16 --ppo.eval-every 0 --ppo.save-every 0 --ppo.max-eval-prompts 64"
+)
+
+
 # ----------------------------------------------------------------------------------------------------- running
 
 

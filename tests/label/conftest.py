@@ -2,7 +2,7 @@
 
 from browsers import browser
 from databases import address, postgres
-from label_cases import serve
+from servers import serve
 from tiny_runs import data, in_tmp_path, models
 
 __all__ = ["address", "browser", "data", "in_tmp_path", "models", "postgres", "serve"]
