@@ -22,7 +22,7 @@ class EvaluationSettings:
     reward: RewardSource | None = None
     """What scores them: all that `reward` may be in PPO (docs/rewards.md); null: the run's own."""
     gold: str | None = None
-    """A true reward, likewise; null: the run's own, where it has one."""
+    """A true reward, module:function or a model's folder; null: the run's own, where it has one."""
     reference: str | None = None
     """The policy that KL is measured to; null: the one that a PPO run started from."""
     best_of: int = 0

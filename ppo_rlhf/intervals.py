@@ -27,4 +27,5 @@ def wilson(successes: float, count: int) -> Share:
     scale = 1 + z * z / count
     centre = (share + z * z / (2 * count)) / scale
     half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2) / scale
-    return Share(share, max(0.0, centre - half), min(1.0, centre + half), count)
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return Share(share, min(low, share), max(high, share), count)  # at 0 and 1 they differ by rounding

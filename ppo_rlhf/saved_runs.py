@@ -22,6 +22,11 @@ def run_settings(run: str) -> dict[str, Any]:
     return read_config(run_folder(run)) or {}
 
 
+def is_ppo_run(name: str) -> bool:
+    """Whether it is the folder of a PPO run, or of a pipeline that ended with one."""
+    return "kl_coef" in run_settings(name)
+
+
 def policy_folder(run: str) -> Path:
     """Where the run's policy is, or `run` itself, where it is one. Raises UserError for a folder that is not there."""
     folder = run_folder(run)

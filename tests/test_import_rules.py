@@ -284,8 +284,8 @@ assert not loaded, loaded
 """
 COMMANDS = {
     "ppo_rlhf": [
-        *("demo", "sft", "reward", "ppo", "pipeline", "inspect-data", "doctor", "report", "label", "preferences"),
-        *("export", "compare", "study"),
+        *("demo", "sft", "reward", "ppo", "pipeline", "evaluate", "inspect-data", "doctor", "report", "label"),
+        *("preferences", "export", "compare", "study"),
     ],
     "classic": ["train", "evaluate", "plot", "compare", "video", "export"],
 }
