@@ -26,6 +26,8 @@ def evaluate(given: Namespace) -> None:
             raise UserError(f"there is no run in {run}: no such folder; a name on the Hub is given as --policy.")
     if settings.output is not None and not Path(settings.output).absolute().parent.is_dir():
         raise UserError(f"--output {settings.output}: there is no folder {Path(settings.output).parent}.")
+    if settings.output is not None and Path(settings.output).is_dir():
+        raise UserError(f"--output {settings.output} is a folder; name a file in it.")
 
     from rich.console import Console
 

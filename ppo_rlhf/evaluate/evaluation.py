@@ -22,7 +22,7 @@ from ppo_rlhf.evaluate.estimates import (
     perplexity_estimate,
     share_estimate,
 )
-from ppo_rlhf.evaluate.subject import Subject, load_subject
+from ppo_rlhf.evaluate.subject import Subject, load_subject, source_of
 from ppo_rlhf.evaluate.win_rates import check_judge, wins_by_judge, wins_by_score
 from ppo_rlhf.evaluation_settings import EvaluationSettings
 from ppo_rlhf.measures import best_of_n, best_of_n_kl
@@ -89,6 +89,8 @@ def evaluate(names: Sequence[str], settings: EvaluationSettings) -> list[Evaluat
     A policy that is not of a PPO run is measured as the first of those named that is: by its prompts, its reward, its
     reference and its way of sampling. Raises UserError.
     """
+    for name in names:
+        source_of(name, settings)  # before the first is evaluated
     others = [] if settings.against is None else [settings.against]
     task = next((name for name in [*names, *others] if is_ppo_run(name)), None)
     return [evaluate_one(name, name if is_ppo_run(name) else task or name, settings) for name in names]

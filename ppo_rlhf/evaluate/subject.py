@@ -42,8 +42,11 @@ def load_subject(name: str, task: str, settings: EvaluationSettings) -> Subject:
 
     task: the PPO run whose way of sampling it takes. Raises UserError where there is no such policy.
     """
-    run = run_settings(name)
-    policy, tokenizer = _load(name, run, settings)
+    run, source, trusted = run_settings(name), source_of(name, settings), settings.trust_remote_code
+    if settings.step is not None:
+        policy, tokenizer = policy_of_checkpoint(Path(source), run, trust_remote_code=trusted)
+    else:
+        policy, tokenizer = load_policy(source, setting=name, trust_remote_code=trusted)
     policy.to(default_device()).eval().requires_grad_(False)  # type: ignore[arg-type]
     asked: dict[str, Any] = {"temperature": settings.temperature, "max_new_tokens": settings.max_new_tokens}
     given = {setting: value for setting, value in asked.items() if value is not None}
@@ -51,43 +54,51 @@ def load_subject(name: str, task: str, settings: EvaluationSettings) -> Subject:
     return Subject(name, policy, with_chat_template(tokenizer, run.get("chat_template")), sampling, run_settings(task))
 
 
-def _load(name: str, run: dict[str, Any], settings: EvaluationSettings) -> Loaded:
-    folder, trusted = run_folder(name), settings.trust_remote_code
+def source_of(name: str, settings: EvaluationSettings) -> str:
+    """Where the policy's weights are: a checkpoint, a folder, or a name on the Hub. Raises UserError for none."""
+    folder = run_folder(name)
     if settings.step is not None:
-        return checkpoint_policy(folder, run, settings.step, trust_remote_code=trusted)
+        return str(checkpoint_of(folder, settings.step))
     if settings.best:
         if not (folder / "best").is_dir():
             raise UserError(f"{name} holds no best policy apart from its final one; leave --best out.")
-        return load_policy(str(folder / "best"), setting=name, trust_remote_code=trusted)
+        return str(folder / "best")
     source = str(policy_folder(name)) if folder.is_dir() else name
-    if run and source == str(folder):
+    if run_settings(name) and source == str(folder):
         raise UserError(f"{name} holds no policy: end the run by --resume, or name one of its checkpoints by --step.")
-    return load_policy(source, setting=name, trust_remote_code=trusted)
+    return source
 
 
-def checkpoint_policy(folder: Path, run: dict[str, Any], step: int, *, trust_remote_code: bool = False) -> Loaded:
-    """The policy as a run would evaluate and save it after this step: with its average weights where it keeps some.
-
-    The checkpoint's weights are put into the model that the run began with. Raises UserError where there is no such
-    checkpoint, where it is damaged or sharded, or where the run does not name that model.
-    """
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """The run's checkpoint of a step. Raises UserError where there is none, or it is damaged or sharded."""
     found = {number_of(path): path for path in checkpoints_in(folder / "checkpoints")}
     if step not in found:
         known = f"only of {', '.join(map(str, found))}" if found else "nor of any other"
         raise UserError(f"{folder} has no checkpoint of step {step}, {known}.")
-    weights = found[step] / "model.safetensors"
-    if not is_whole(found[step]) or not weights.exists():
+    if not is_whole(found[step]) or not (found[step] / "model.safetensors").exists():
         raise UserError(f"checkpoint {found[step]} is damaged, or of sharded weights; take another.")
+    return found[step]
+
+
+def policy_of_checkpoint(checkpoint: Path, run: dict[str, Any], *, trust_remote_code: bool = False) -> Loaded:
+    """The policy as a run would evaluate and save it after that step: with its average weights where it keeps some.
+
+    The checkpoint's weights are put into the model that the run began with. Raises UserError where the run does not
+    name that model, or names another.
+    """
     if not run.get("policy"):
-        raise UserError(f"{folder} does not name the policy that it began with; its final one can be evaluated alone.")
+        raise UserError(f"{checkpoint}: the run does not name the policy that it began with; leave --step out.")
     lora = LoRASettings(**{**run["lora"], "target_modules": tuple(run["lora"]["target_modules"])})
     policy, tokenizer = load_policy(
-        run["policy"], setting=f"policy of {folder}", trust_remote_code=trust_remote_code, base_bits=lora.base_bits
+        run["policy"],
+        setting=f"the policy that {checkpoint} began with",
+        trust_remote_code=trust_remote_code,
+        base_bits=lora.base_bits,
     )
     train_adapter(policy, lora)
-    put_weights(policy, load_file(weights), of=found[step])
-    if (found[step] / "loop.safetensors").exists():
-        put_average(policy, load_file(found[step] / "loop.safetensors"))
+    put_weights(policy, load_file(checkpoint / "model.safetensors"), of=checkpoint)
+    if (checkpoint / "loop.safetensors").exists():
+        put_average(policy, load_file(checkpoint / "loop.safetensors"))
     return policy, tokenizer
 
 

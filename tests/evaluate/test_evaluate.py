@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from refusals import refusal
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_rlhf.cli import main
+from ppo_rlhf.config import SFTConfig
 from ppo_rlhf.evaluate import evaluate
 from ppo_rlhf.evaluation_settings import EvaluationSettings
 from ppo_rlhf.settings import LoRASettings
@@ -68,7 +70,7 @@ def test_the_perplexity_is_exp_of_the_loss_that_transformers_computes(models):
     total, count = 0.0, 0
     for text in texts:
         ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
-        total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+        total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
     assert found.numbers["perplexity"].value == pytest.approx(math.exp(total / count), rel=1e-5)
     assert list(found.numbers) == ["perplexity"]
@@ -151,8 +153,6 @@ def test_the_best_policy_is_the_one_that_the_run_kept_as_that(run, data):
 
 
 def test_an_sft_run_is_scored_by_a_given_reward(models, data):
-    from ppo_rlhf.config import SFTConfig
-
     config = SFTConfig(policy=models["gpt2"], data=data["demonstrations"], output_dir="sft", batch_size=8, log_with=())
     sft.train(config)
     parts = '[{reward: "user.py:length", weight: 2.0}, {reward: "user.py:vowels"}]'
@@ -188,7 +188,8 @@ MISTAKES = [
     ("evaluate", ["RUN", "--policy"]),
     ("evaluate nowhere", ["nowhere", "no such folder"]),
     ("evaluate empty --prompts {prompts}", ["empty"]),
-    ("evaluate {run} --policy ./nowhere", ["./nowhere"]),
+    ("evaluate --policy ./nowhere", ["./nowhere"]),
+    ("evaluate {run} unfinished", ["unfinished", "--step"]),
     ("evaluate {gpt2}", ["{gpt2}", "--prompts"]),
     ("evaluate {run} --sampels 3", ["sampels", "samples"]),
     ("evaluate {run} --samples 0", ["samples=0"]),
@@ -209,7 +210,6 @@ MISTAKES = [
     ("evaluate {run} --reward nowhere.py:length", ["nowhere.py"]),
     ("evaluate {run} --reward ./nowhere", ["--reward", "./nowhere"]),
     ("evaluate {run} --reward user.py:lenght", ["Did you mean length?"]),
-    ("evaluate {run} --reward bad.py:nan", ["reward function nan", "nan"]),
     ("evaluate {run} --gold ./nowhere", ["--gold", "./nowhere"]),
     ("evaluate {run} --reference ./nowhere", ["--reference", "./nowhere"]),
     ("evaluate {run} --reference {other}", ["--reference", "vocabulary"]),
@@ -220,7 +220,6 @@ MISTAKES = [
     ("evaluate {run} --against {gpt2} --judge length", ["--judge length", "module:function"]),
     ("evaluate {run} --against {gpt2} --judge user.py:nobody", ["nobody"]),
     ("evaluate {run} --against {gpt2} --judge bad.py:three", ["--judge", "not a function"]),
-    ("evaluate {run} --against {gpt2} --judge bad.py:judge", ["--judge", "'left'"]),
     ("evaluate {run} --step 7", ["step 7", "1, 2, 3"]),
     ("evaluate {run} --step -1", ["step=-1"]),
     ("evaluate {run} --step 1 --best true", ["step=1", "best"]),
@@ -256,29 +255,28 @@ def test_a_mistake_is_named_in_one_line(line, named, run, other, models, data, c
     paths = models | data | {"run": run, "other": other}
     words = [word.format(**paths) for word in line.split()]
     before = sorted(Path().rglob("*.jsonl"))
-    told = refusal(main, words, capfd) if "bad.py:nan" not in line else last_line(words, capfd)
+    told = refusal(main, words, capfd)
     for name in named:
         assert name.format(**paths) in told
     assert sorted(Path().rglob("*.jsonl")) == before
 
 
-def last_line(words, capfd):
-    """The refusal of what shows only once responses are there."""
-    assert main(words) == 2
-    return capfd.readouterr().err.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [(["--reward", "bad.py:nan"], "reward function nan"), (["--judge", "bad.py:judge"], "'left'")],
+)
+def test_what_shows_only_in_responses_is_named_and_leaves_an_earlier_output_as_it_is(option, named, run, models, capfd):
+    Path("bad.py").write_text(BAD)
+    Path("rows.jsonl").write_text("earlier\n")
+    assert main(["evaluate", run, "--against", models["gpt2"], *option, "--output", "rows.jsonl"]) == 2
+    captured = capfd.readouterr()
+    assert named in captured.err.splitlines()[-1]
+    assert captured.out == ""
+    assert Path("rows.jsonl").read_text() == "earlier\n"
 
 
 def test_a_checkpoint_that_is_damaged_is_refused(run, capfd, tmp_path):
-    import shutil
-
     shutil.copytree(run, "copy")
     weights = Path("copy/checkpoints/step_000002/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-4])
     assert "step_000002" in refusal(main, ["evaluate", "copy", "--step", "2"], capfd)
-
-
-def test_an_evaluation_that_fails_leaves_the_output_of_an_earlier_one(run, capfd):
-    Path("bad.py").write_text(BAD)
-    Path("rows.jsonl").write_text("earlier\n")
-    assert main(["evaluate", run, "--reward", "bad.py:nan", "--output", "rows.jsonl"]) == 2
-    assert Path("rows.jsonl").read_text() == "earlier\n"
