@@ -71,13 +71,13 @@ class Prompts:
         for index in over - dropped:
             encoded[index] = encoded[index][-longest:] if too_long == "left" else encoded[index][:longest]
             texts[index] = str(tokenizer.decode(encoded[index]))
-        kept = [index for index in range(len(encoded)) if index not in dropped]
+        self.kept = [index for index in range(len(encoded)) if index not in dropped]  # of the rows
         self.num_dropped, self.num_cut = len(dropped), len(over - dropped)
-        self.texts = [texts[index] for index in kept]
-        self.ids: list[list[int]] = [encoded[index] for index in kept]
-        self.columns = {name: [rows[index].get(name) for index in kept] for name in rows[0] if name != "prompt"}
+        self.texts = [texts[index] for index in self.kept]
+        self.ids: list[list[int]] = [encoded[index] for index in self.kept]
+        self.columns = {name: [rows[index].get(name) for index in self.kept] for name in rows[0] if name != "prompt"}
         if isinstance(rows[0]["prompt"], list):
-            self.columns.setdefault("messages", [rows[index]["prompt"] for index in kept])
+            self.columns.setdefault("messages", [rows[index]["prompt"] for index in self.kept])
         self.pad_id = int(tokenizer.pad_token_id)
 
     def __len__(self) -> int:

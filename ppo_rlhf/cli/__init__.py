@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 from ppo_rlhf.arguments import Command, CommandLine, run, settings_in
+from ppo_rlhf.cli.evaluate import add_evaluate, evaluate
 from ppo_rlhf.cli.inspect_data import add_inspect_data, inspect_data
 from ppo_rlhf.cli.outcome import Outcome
 from ppo_rlhf.cli.people import add_compare, add_label, add_preferences, compare, label, preferences
 from ppo_rlhf.config import PipelineConfig, PPOConfig, RewardConfig, SFTConfig
+from ppo_rlhf.evaluation_settings import EvaluationSettings
 
 if TYPE_CHECKING:
     from ppo_rlhf.train.memory_estimate import MemoryEstimate
@@ -71,6 +73,9 @@ COMMANDS = {
     "reward": Command("Reward modelling: comparisons → reward model.", RewardConfig, add_arguments=_add_stage),
     "ppo": Command("PPO: prompts and a reward → tuned policy.", PPOConfig, add_arguments=_add_ppo),
     "pipeline": Command("The three stages in order.", PipelineConfig),
+    "evaluate": Command(
+        "How good policies are: score, KL, diversity, win rate, best of n.", EvaluationSettings, add_evaluate
+    ),
     "inspect-data": Command(
         "What a model will see of its data: tokens, masks, lengths.", add_arguments=add_inspect_data
     ),
@@ -105,6 +110,9 @@ def _execute(command: str, given: Namespace) -> int | None:
         return _diagnose(given)
     if given.get("dry_run"):
         _show_samples(settings_in(given, PPOConfig), given)
+        return None
+    if command == "evaluate":
+        evaluate(given)
         return None
     if command == "inspect-data":
         inspect_data(given, COMMAND_LINE)

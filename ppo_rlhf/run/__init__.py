@@ -1,6 +1,6 @@
 """Runs on disk and over processes: the only place that knows files and ranks."""
 
-from ppo_rlhf.run.checkpoints import LoopState, write_text
+from ppo_rlhf.run.checkpoints import LoopState, checkpoints_in, is_whole, number_of, write_text
 from ppo_rlhf.run.folder import (
     SAMPLES_KEPT,
     Run,
@@ -20,6 +20,7 @@ from ppo_rlhf.run.processes import (
     share_of,
     whole_weights,
 )
+from ppo_rlhf.run.progress import StepProgress
 from ppo_rlhf.run.start import Start, begin
 
 __all__ = [
@@ -27,14 +28,18 @@ __all__ = [
     "LoopState",
     "Run",
     "Start",
+    "StepProgress",
     "begin",
+    "checkpoints_in",
     "end_processes",
     "gathered",
     "is_finished",
     "is_main_process",
+    "is_whole",
     "make_accelerator",
     "matmul_precision_of",
     "new_folder",
+    "number_of",
     "read_config",
     "refuse_changes",
     "share_of",

@@ -20,16 +20,22 @@ def moving_average(tensors: Mapping[str, Tensor], module: nn.Module, decay: floa
     return {name: torch.lerp(tensors[name].to(weight), weight, 1 - decay) for name, weight in weights.items()}
 
 
-@contextmanager
-def averaged(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """The module with its average weights for a while; with its own where there are none."""
+def put_average(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gives the module its average weights, where there are some, in place; → those it had instead of them."""
     weights = {PLACE + name: weight for name, weight in module.named_parameters() if PLACE + name in tensors}
     last = {name: weight.detach().clone() for name, weight in weights.items()}
     _put(weights, tensors)
+    return last
+
+
+@contextmanager
+def averaged(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """The module with its average weights for a while; with its own where there are none."""
+    last = put_average(module, tensors)
     try:
         yield
     finally:
-        _put(weights, last)
+        put_average(module, last)
 
 
 @torch.no_grad()

@@ -1,0 +1,54 @@
+"""Evaluations as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ppo_rlhf.evaluate.estimates import Estimate
+from ppo_rlhf.evaluate.evaluation import Evaluation
+
+LABELS = {
+    "score": "score",
+    "gold_score": "gold score",
+    "kl": "KL to the reference, nats a response",
+    "length": "length, tokens",
+    "stop_rate": "stopped by itself",
+    "distinct_1": "distinct words",
+    "distinct_2": "distinct word pairs",
+    "distinct_3": "distinct word triples",
+    "perplexity": "perplexity on the text",
+}
+
+
+def show(evaluations: Sequence[Evaluation], console: Console) -> None:
+    """One table with a column for each policy, and one of the best of n for each that was asked for it."""
+    table = Table("95 % intervals", *(escape(each.policy) for each in evaluations))
+    for name in dict.fromkeys(name for each in evaluations for name in each.numbers):
+        table.add_row(LABELS.get(name, escape(name)), *(_told(each.numbers.get(name)) for each in evaluations))
+    for judge in dict.fromkeys(judge for each in evaluations for judge in each.win_rates):
+        label = escape(f"wins against {evaluations[0].against}, by {judge}")
+        table.add_row(label, *(_told(each.win_rates.get(judge)) for each in evaluations))
+    console.print(table)
+    for each in evaluations:
+        if each.best_of_n:
+            console.print(_best_of_n(each))
+
+
+def _best_of_n(evaluation: Evaluation) -> Table:
+    table = Table(title=escape(f"the best of n of {evaluation.reference or evaluation.policy}, by score"))
+    names = list(evaluation.best_of_n[0].scores)
+    for heading in ("n", "KL, nats", *(LABELS[name] for name in names)):
+        table.add_column(heading, justify="right")
+    for each in evaluation.best_of_n:
+        table.add_row(str(each.n), f"{each.kl:.2f}", *(_told(each.scores[name]) for name in names))
+    return table
+
+
+def _told(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "—"
+    return f"{estimate.value:.3f}  {estimate.low:.3f} to {estimate.high:.3f}"
