@@ -22,6 +22,10 @@ REWARDS = """
 def short(prompts, responses, **columns):
     return [-len(response) for response in responses]
 """
+JUDGE = """
+def better(prompts, responses, others):
+    return ["tie" if len(a) == len(b) else "ab"[len(b) > len(a)] for a, b in zip(responses, others, strict=True)]
+"""
 ELSEWHERE = {
     "make": "the machine's own tests, and the wheel's, carry it out",
     "demo": "the wheel's own test carries it out",
@@ -92,6 +96,8 @@ def write_files():
     pairs = [{"prompt": row["prompt"], "responses": [row["chosen"], row["rejected"]]} for row in comparisons]
     tiny_runs.write_rows("samples.jsonl", pairs)
     Path("rewards.py").write_text(REWARDS)
+    Path("judge.py").write_text(JUDGE)
+    Path("wiki.txt").write_text("a small red fish in the river\n" * 20)
     ppo = {"policy": "runs/sft/policy", "reward": "rewards.py:short", "prompts": "prompts.jsonl"}
     sft = {"policy": "gpt2", "data": "demonstrations.jsonl"}
     Path("ppo.yaml").write_text(yaml.safe_dump(ppo))
@@ -107,6 +113,7 @@ def folder(tmp_path_factory):
     before = Path.cwd()
     os.chdir(folder)
     tokens = tiny_runs.tokenizer()
+    tokens.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
     model = tiny_models.make_model("gpt2", vocabulary=len(tokens), context=512, spread=0.2)  # room for the defaults
     tiny_runs.save(folder / "gpt2", model, tokens)
     write_files()
