@@ -49,6 +49,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "references": (set(), ERRORS),
     "core": ({"torch"}, set()),
     "seeding": ({"torch"}, set()),
+    "statistics": ({"numpy", "scipy"}, set()),
     "optimizer": ({"torch", "bitsandbytes"}, LIGHT),
     "micro_batches": ({"torch", "accelerate"}, ERRORS),
     "update": ({"torch", "accelerate"}, LIGHT | {"core", "micro_batches"}),
