@@ -80,7 +80,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_line_the_mean_in_a_band():
 def test_runs_that_differ_in_a_setting_are_never_averaged():
     curves = curves_of(write_run("a", [1, 2]), write_run("b", [3, 4], seed=1, gamma=0.9))
     (panel,) = panels_of(curves)
-    assert set(lines_of(panel)) == {"clip, a", "clip, b"}
+    assert set(lines_of(panel)) == {"clip, gamma 0.99", "clip, gamma 0.9"}
     assert not panel.collections
 
 
