@@ -84,6 +84,23 @@ def test_runs_that_differ_in_a_setting_are_never_averaged():
     assert not panel.collections
 
 
+def test_runs_that_differ_in_many_settings_are_called_by_their_folders():
+    more = {"seed": 1, "gamma": 0.9, "network": {"activation": "relu"}, "horizon": 8}
+    (panel,) = panels_of(curves_of(write_run("a", [1, 2]), write_run("b", [3, 4], **more)))
+    assert set(lines_of(panel)) == {"clip, a", "clip, b"}
+
+
+def test_a_setting_that_one_run_lacks_tells_it_apart():
+    (panel,) = panels_of(curves_of(write_run("a", [1, 2]), write_run("b", [3, 4], ppo={"clip_range": 0.1})))
+    assert set(lines_of(panel)) == {"clip, clip_range None", "clip, clip_range 0.1"}
+
+
+def test_eight_lines_are_told_apart_in_colour_or_style():
+    curves = curves_of(*(write_run(f"run-{i}", [1, 2], algorithm=f"kind-{i}") for i in range(8)))
+    (panel,) = panels_of(curves)
+    assert len({(line.get_color(), str(line.get_linestyle())) for line in panel.lines}) == 8
+
+
 def test_each_environment_has_its_panel_and_each_algorithm_its_colour():
     curves = curves_of(
         write_run("a", [1, 2], algorithm="clip"),
