@@ -16,10 +16,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
+from scipy import stats
 
 from ppo_rlhf.errors import UserError, did_you_mean
 from ppo_rlhf.run import flat, read_config
-from ppo_rlhf.statistics import Estimate
+from ppo_rlhf.statistics import CONFIDENCE, Estimate
 
 # Settings in which runs may differ and still be seeds of one another.
 OF_NO_WEIGHT = {"seed", "output_dir", "resume", "num_steps", "device", "log_with", "eval_every", "eval_episodes"}
@@ -28,12 +29,6 @@ MOST_TOLD = 2  # differing settings in a line's name
 # Okabe and Ito's (2008) colours, told apart with any colour vision; a line style each for prints in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 2)))
-# Student's t, 0.975 quantile, for 1 to 30 degrees of freedom.
-T_QUANTILES = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
-    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
-NORMAL_QUANTILE = 1.95996
 
 
 @dataclass(frozen=True)
@@ -146,16 +141,8 @@ def mean_and_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     count = len(values)
     if count < 2:
         return values.mean(0), np.full(values.shape[1:], np.nan)
-    return values.mean(0), t_quantile(count - 1) * values.std(0, ddof=1) / math.sqrt(count)
-
-
-def t_quantile(degrees: int) -> float:
-    """Student's t, 0.975 quantile."""
-    if degrees <= len(T_QUANTILES):
-        return T_QUANTILES[degrees - 1]
-    z = NORMAL_QUANTILE
-    # Cornish and Fisher's expansion: right to 0.001 from here on.
-    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)
+    return values.mean(0), quantile * values.std(0, ddof=1) / math.sqrt(count)
 
 
 def smoothed(y: np.ndarray, smooth: int) -> np.ndarray:

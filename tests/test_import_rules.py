@@ -123,7 +123,7 @@ CONTROL_RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
     ),
     "video": ({"gymnasium"}, PLAYING | {"config", "evaluate"}, ERRORS | {"seeding"}),
     "export": ({"torch"}, {"policy", "spaces"}, ERRORS),
-    "plot": ({"matplotlib", "numpy"}, set(), ERRORS | {"run", "statistics"}),
+    "plot": ({"matplotlib", "numpy", "scipy"}, set(), ERRORS | {"run", "statistics"}),
     "compare": ({"numpy"}, {"config", "envs", "plot", "ppo", "presets"}, ERRORS | {"run"}),
     "experiment": (
         {"numpy"},
