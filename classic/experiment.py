@@ -62,7 +62,8 @@ class Results:
         for env_id, best in self.best.items():
             if best <= self.random[env_id]:
                 raise UserError(
-                    f"no run on {env_id} did better than the untrained policy: there is no scale; raise --num-steps."
+                    f"no run on {env_id} did better than the untrained policy: no scale. Train longer, by more "
+                    "--num-steps into another --output-dir."
                 )
         return [
             (np.array(returns) - self.random[env_id]) / (self.best[env_id] - self.random[env_id])
