@@ -90,8 +90,12 @@ def _add_many_runs(parser: ArgumentParser, seeds: Sequence[int]) -> None:
 def _add_experiment(
     parser: ArgumentParser, *, env_ids: Sequence[str], seeds: Sequence[int], variants: Sequence[str]
 ) -> None:
-    parser.add_argument("--envs", dest="env_ids", nargs="+", metavar="ENV_ID", default=list(env_ids))
-    parser.add_argument("--variants", nargs="+", choices=variants, default=list(variants), help="what is compared")
+    parser.add_argument(
+        "--envs", dest="env_ids", nargs="+", metavar="ENV_ID", default=list(env_ids), help="Gymnasium ids"
+    )
+    parser.add_argument(
+        "--variants", nargs="+", metavar="NAME", choices=variants, default=list(variants), help="what is compared"
+    )
     _add_many_runs(parser, seeds)
     parser.add_argument("--workers", type=int | None, help="runs at a time; by default as many as there are cores")
 
