@@ -4,6 +4,7 @@ from ppo_rlhf.run.checkpoints import LoopState, checkpoints_in, is_whole, number
 from ppo_rlhf.run.folder import (
     SAMPLES_KEPT,
     Run,
+    flat,
     is_finished,
     matmul_precision_of,
     new_folder,
@@ -32,6 +33,7 @@ __all__ = [
     "begin",
     "checkpoints_in",
     "end_processes",
+    "flat",
     "gathered",
     "is_finished",
     "is_main_process",

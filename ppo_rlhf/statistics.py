@@ -1,0 +1,74 @@
+"""Means over several runs, and how sure they are: stratified bootstrap intervals (Agarwal et al., 2021); free of torch.
+
+A stratum holds the scores of one environment or task, a number a seed. Seeds are drawn again within each stratum, so
+that every resample has as many runs of each as there were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+RESAMPLES = 9_999  # scipy's
+CONFIDENCE = 0.95
+
+Scores = Sequence[float] | np.ndarray
+Statistic = Callable[..., np.ndarray]  # (x, axis=-1): np.mean, np.median, interquartile_mean
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic and its 95 % interval."""
+
+    value: float
+    low: float | None  # None where a stratum has one seed alone
+    high: float | None
+
+    def __str__(self) -> str:
+        interval = "" if self.low is None else f" [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.value:.2f}{interval}"
+
+
+def interquartile_mean(scores: np.ndarray, axis: int = -1) -> np.ndarray:
+    """The mean of the middle half: of n numbers ⌊n/4⌋ are left out at either end."""
+    return stats.trim_mean(scores, 0.25, axis=axis)
+
+
+def estimate(strata: Sequence[Scores], statistic: Statistic = np.mean) -> Estimate:
+    """The statistic of all scores of all strata together, with its percentile interval."""
+    return _bootstrapped(strata, lambda *samples: statistic(_pooled(samples), axis=-1))
+
+
+def difference(strata: Sequence[Scores], baseline: Sequence[Scores], statistic: Statistic = np.mean) -> Estimate:
+    """statistic(strata) − statistic(baseline), with its percentile interval; both are drawn again."""
+    count = len(strata)
+
+    def of_both(*samples: np.ndarray) -> np.ndarray:
+        return statistic(_pooled(samples[:count]), axis=-1) - statistic(_pooled(samples[count:]), axis=-1)
+
+    return _bootstrapped([*strata, *baseline], of_both)
+
+
+def _bootstrapped(strata: Sequence[Scores], statistic: Callable[..., np.ndarray]) -> Estimate:
+    samples = [np.asarray(stratum, dtype=float) for stratum in strata]
+    value = float(statistic(*samples))
+    if any(len(sample) < 2 for sample in samples):
+        return Estimate(value, None, None)
+    interval = stats.bootstrap(
+        samples,
+        lambda *drawn, axis: statistic(*drawn),  # samples (…, N) are told apart by the last axis alone
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        vectorized=True,
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return Estimate(value, float(interval.low), float(interval.high))
+
+
+def _pooled(samples: Sequence[np.ndarray]) -> np.ndarray:
+    """Samples (…, N_i) → (…, Σ N_i)."""
+    return np.concatenate(samples, axis=-1)

@@ -1,0 +1,151 @@
+"""Runs side by side: which are started, what becomes of those that fail, and how all of them stop."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from ppo_rlhf.errors import Interrupted, UserError
+from ppo_rlhf.run.grid import Job, run_grid
+
+# A run that notes when it was there, does what it is told, and finishes.
+SCRIPT = """
+import json, os, pathlib, signal, sys, time
+what, _, folder, resume = sys.argv[1:]
+folder = pathlib.Path(folder)
+folder.mkdir(parents=True, exist_ok=True)
+with (folder / "starts").open("a") as file:
+    print(resume, os.environ["OMP_NUM_THREADS"], file=file)
+def save(number, frame):
+    with (folder / "saved").open("a") as file:
+        print(number, file=file)
+    if what == "saves":
+        sys.exit(130)
+signal.signal(signal.SIGINT, save)
+began = time.time()
+(folder / "listens").touch()
+if what == "fails":
+    sys.exit("first line\\nerror: lr=0 must be above 0.\\n")
+while what in ("saves", "never ends"):
+    time.sleep(0.02)
+time.sleep(0.2 * (what == "takes a while"))
+(folder / "summary.json").write_text(json.dumps([began, time.time()]))
+"""
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Makes a job that does something."""
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT)
+
+    def make(name, what="ends"):
+        return Job(name, (sys.executable, "-S", str(script), what), tmp_path / "runs" / name)
+
+    return make
+
+
+def times(job):
+    return json.loads((job.folder / "summary.json").read_text())
+
+
+def starts(job):
+    path = job.folder / "starts"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture
+def signal_when_listening():
+    """Sends this process signals, each when the jobs' processes have got so far that they could hear it."""
+    threads = []
+
+    def begin(*waits):
+        def send():
+            for path in waits:
+                while not path.exists():
+                    time.sleep(0.01)
+                os.kill(os.getpid(), signal.SIGINT)
+
+        threads.append(threading.Thread(target=send))
+        threads[-1].start()
+
+    yield begin
+    for thread in threads:
+        thread.join()
+
+
+def test_every_job_runs_once_with_its_folder_and_one_thread(job):
+    jobs = [job("one"), job("two"), job("three")]
+    run_grid(jobs, workers=2)
+    assert [starts(each) for each in jobs] == [["--resume 1"]] * 3
+
+
+def test_a_finished_run_is_not_repeated(job):
+    jobs = [job("one"), job("two")]
+    run_grid(jobs[:1], workers=1)
+    before = times(jobs[0])
+    run_grid(jobs, workers=1)
+    assert times(jobs[0]) == before
+    assert len(starts(jobs[1])) == 1
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_so_many_run_at_a_time_as_there_are_workers(job, workers):
+    jobs = [job(name, "takes a while") for name in "abcd"]
+    run_grid(jobs, workers=workers)
+    spans = [times(each) for each in jobs]
+    at_once = [sum(begin <= start < end for begin, end in spans) for start, _ in spans]
+    assert max(at_once) == workers
+
+
+def test_a_failure_is_told_with_its_last_line_and_the_others_go_on(job, capfd):
+    jobs = [job("bad", "fails"), job("good")]
+    with pytest.raises(UserError, match=r"1 of 2 runs failed: see .*bad\.log\. --resume"):
+        run_grid(jobs, workers=1)
+    assert "bad failed with exit code 1: error: lr=0 must be above 0." in capfd.readouterr().err
+    assert "first line" in jobs[0].log.read_text()
+    assert times(jobs[1])
+
+
+def test_what_failed_is_tried_again(job):
+    with pytest.raises(UserError):
+        run_grid([job("one", "fails")], workers=1)
+    run_grid([job("one")], workers=1)
+    assert len(starts(job("one"))) == 2
+
+
+def test_a_command_that_dies_without_a_word_is_told_so(job, capfd, tmp_path):
+    silent = Job("silent", (sys.executable, "-S", "-c", "raise SystemExit(3)"), tmp_path / "silent")
+    with pytest.raises(UserError):
+        run_grid([silent], workers=1)
+    assert "silent failed with exit code 3: it said nothing" in capfd.readouterr().err
+
+
+def test_ctrl_c_lets_the_runs_save_and_starts_no_other(job, signal_when_listening):
+    jobs = [job("one", "saves"), job("two", "saves"), job("three")]
+    signal_when_listening(*[each.folder / "listens" for each in jobs[1:2]])
+    with pytest.raises(Interrupted, match="0 of 3 runs finished; --resume goes on") as stopped:
+        run_grid(jobs, workers=2)
+    assert stopped.value.code == 130
+    assert [(each.folder / "saved").read_text() for each in jobs[:2]] == ["2\n", "2\n"]
+    assert starts(jobs[2]) == []
+
+
+def test_a_second_ctrl_c_ends_a_run_that_does_not_stop(job, signal_when_listening):
+    stuck = job("one", "never ends")
+    signal_when_listening(stuck.folder / "listens", stuck.folder / "saved")
+    with pytest.raises(KeyboardInterrupt):
+        run_grid([stuck], workers=1)
+    assert (stuck.folder / "saved").read_text() == "2\n"
+    assert not Path(stuck.folder, "summary.json").exists()
+
+
+def test_signals_do_afterwards_what_they_did_before(job):
+    before = signal.getsignal(signal.SIGINT)
+    run_grid([job("one")], workers=1)
+    assert signal.getsignal(signal.SIGINT) is before
