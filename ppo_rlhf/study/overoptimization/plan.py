@@ -1,0 +1,206 @@
+"""What is run: supervised policies, proxy reward models of several sizes and label counts, and PPO against them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ppo_rlhf.config import ComparisonConfig, PipelineConfig
+from ppo_rlhf.data import held_out
+from ppo_rlhf.pipeline import compare
+from ppo_rlhf.run import write_text
+from ppo_rlhf.run.grid import Job
+from ppo_rlhf.study.toy_runs import stage_job
+from ppo_rlhf.toy import prompts
+
+TRUNKS = {name: f"{__package__}.trunks:{name}" for name in ("narrow", "middle")} | {"wide": "ppo_rlhf.toy:policy"}
+HELD_OUT_FRACTION = 0.15  # of the prompts, as in the demo
+REWARD_BATCH = 32  # labels of a reward model's optimizer step, as in the demo
+LABELS_PER_PROMPT = 1.25  # `toy.annotate` has every fourth pair judged twice
+RULES = ("mean", "min", "lower_bound")  # of ensembles, see `rewards.Ensemble`
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """A reward model that stands in for the gold reward."""
+
+    size: str  # of its trunk, one of TRUNKS
+    num_labels: int
+    seed: int  # of its training
+
+    @property
+    def folder(self) -> str:
+        """Of its run, in that of the study."""
+        return f"{self.size}/reward-{self.num_labels}-seed-{self.seed}"
+
+    @property
+    def name(self) -> str:
+        """As a table has it."""
+        return f"{self.size}, {self.num_labels:,} labels"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """PPO against a proxy, or against an ensemble of them."""
+
+    proxies: tuple[Proxy, ...]
+    kl_coef: float = 0.0
+    rule: str = ""  # of the ensemble; empty: there is one proxy
+
+    @property
+    def folder(self) -> str:
+        """Of its run, in that of the study."""
+        first = self.proxies[0]
+        return f"ppo/{first.size}-{first.num_labels}-{self.rule or f'kl-{self.kl_coef}'}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The grid. The last size is that of the policy which is tuned."""
+
+    seed: int = 0
+    sizes: tuple[str, ...] = tuple(TRUNKS)
+    label_counts: tuple[int, ...] = (100, 400, 1600)
+    kl_coefs: tuple[float, ...] = (0.05, 0.15, 0.45)  # besides 0, against each size with most labels
+    num_members: int = 4  # of the ensembles, of the first size with most labels (Coste et al., 2024: 5)
+    num_best_of: int = 256  # responses to each prompt, of which the best is taken
+    num_best_of_prompts: int = 100
+    num_eval_prompts: int = 200
+    num_eval_labels: int = 500
+    sft_epochs: float = 2.0
+    reward_steps: int = 150  # of each reward model, whatever its labels: the best by held-out labels is kept
+    num_steps: int = 40
+    eval_every: int = 2
+    lr: float = 5e-4  # constant: a run is one curve from the supervised policy outwards
+
+    @property
+    def proxies(self) -> list[Proxy]:
+        """One for each size and label count."""
+        return [Proxy(size, count, self.seed) for size in self.sizes for count in self.label_counts]
+
+    @property
+    def members(self) -> tuple[Proxy, ...]:
+        """Of the ensembles: equal but for the seed of their training. The first is one of `proxies`."""
+        seeds = range(self.seed, self.seed + self.num_members)
+        return tuple(Proxy(self.sizes[0], self.label_counts[-1], seed) for seed in seeds)
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        """Without a penalty against every proxy; with one; against ensembles, without one."""
+        most = [proxy for proxy in self.proxies if proxy.num_labels == self.label_counts[-1]]
+        return [
+            *(Attempt((proxy,)) for proxy in self.proxies),
+            *(Attempt((proxy,), kl_coef) for proxy in most for kl_coef in self.kl_coefs),
+            *(Attempt(self.members, rule=rule) for rule in RULES),
+        ]
+
+
+QUICK = Plan(
+    sizes=("narrow",),
+    label_counts=(60,),
+    kl_coefs=(0.1,),
+    num_members=2,
+    num_best_of=8,
+    num_best_of_prompts=4,
+    num_eval_prompts=8,
+    num_eval_labels=20,
+    sft_epochs=0.02,
+    reward_steps=2,
+    num_steps=3,
+    eval_every=1,
+)
+
+
+def write_prompts(folder: Path, plan: Plan) -> None:
+    """prompts.jsonl, to learn from, and held_out.jsonl, to evaluate on."""
+    for name, rows in zip(
+        ("prompts", "held_out"),
+        held_out(prompts(), HELD_OUT_FRACTION, plan.seed, setting="HELD_OUT_FRACTION"),
+        strict=True,
+    ):
+        write_text(folder / f"{name}.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def sft_jobs(folder: Path, plan: Plan) -> list[Job]:
+    """A supervised policy of each size."""
+    changes = {"num_epochs": plan.sft_epochs, "eval_every": 0, "seed": plan.seed}
+    return [stage_job("sft", folder / size / "sft", {**changes, "policy": TRUNKS[size]}) for size in plan.sizes]
+
+
+def write_labels(folder: Path, plan: Plan) -> None:
+    """labels-N.jsonl, each the beginning of the next larger, and labels-held-out.jsonl, by the annotators' noisy taste.
+
+    All judge pairs of the tuned policy's samples.
+    """
+    most = max(plan.label_counts)
+    comparisons = ComparisonConfig(
+        prompts=str(folder / "prompts.jsonl"),
+        annotator="ppo_rlhf.toy:annotate",
+        num_prompts=round((most + plan.num_eval_labels) / LABELS_PER_PROMPT),
+    )
+    source = folder / plan.sizes[-1]
+    compare(PipelineConfig(seed=plan.seed, comparisons=comparisons), source)
+    lines = (source / "comparisons.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    for count in plan.label_counts:
+        write_text(folder / f"labels-{count}.jsonl", "".join(lines[:count]))
+    write_text(folder / "labels-held-out.jsonl", "".join(lines[-plan.num_eval_labels :]))
+
+
+def reward_jobs(folder: Path, plan: Plan) -> list[Job]:
+    """The proxies."""
+    common: dict[str, Any] = {
+        "eval_data": str(folder / "labels-held-out.jsonl"),
+        "prompts": str(folder / "prompts.jsonl"),
+        "eval_every": 25,
+    }
+    return [
+        stage_job(
+            "reward",
+            folder / proxy.folder,
+            {
+                **common,
+                "seed": proxy.seed,
+                "policy": str(folder / proxy.size / "sft" / "policy"),
+                "data": str(folder / f"labels-{proxy.num_labels}.jsonl"),
+                "num_epochs": plan.reward_steps * REWARD_BATCH / proxy.num_labels,
+            },
+        )
+        for proxy in dict.fromkeys([*plan.proxies, *plan.members])
+    ]
+
+
+def ppo_jobs(folder: Path, plan: Plan) -> list[Job]:
+    """PPO from the tuned policy. Scores are brought to one scale, so that a kl_coef means the same of every proxy."""
+    common: dict[str, Any] = {
+        "seed": plan.seed,
+        "policy": str(folder / plan.sizes[-1] / "sft" / "policy"),
+        "prompts": str(folder / "prompts.jsonl"),
+        "eval_prompts": str(folder / "held_out.jsonl"),
+        "max_eval_prompts": plan.num_eval_prompts,
+        "num_steps": plan.num_steps,
+        "eval_every": plan.eval_every,
+        "score_shaping.normalize": "reference",
+        "optimizer.lr": plan.lr,
+        "optimizer.schedule": "constant",
+    }
+    return [
+        stage_job(
+            "ppo",
+            folder / attempt.folder,
+            {**common, "kl_coef": attempt.kl_coef, "reward": reward_of(folder, attempt)},
+        )
+        for attempt in plan.attempts
+    ]
+
+
+def reward_of(folder: Path, attempt: Attempt) -> Any:
+    """The setting `reward` of an attempt."""
+    models = [model_of(folder, proxy) for proxy in attempt.proxies]
+    return [{"reward": models, "ensemble": attempt.rule, "name": "ensemble"}] if attempt.rule else models[0]
+
+
+def model_of(folder: Path, proxy: Proxy) -> str:
+    """Where a proxy is saved."""
+    return str(folder / proxy.folder / "reward_model")
