@@ -31,7 +31,7 @@ CHOICES = (  # how the parser says that a value is none of those that there are
 
 @dataclass(frozen=True)
 class Command:
-    """A sub-command; every one has `--json`. One that trains has `settings`, a dataclass, each of them an option."""
+    """A sub-command; every one has `--json`. Each of its `settings`, a dataclass where it has some, is an option."""
 
     help: str
     settings: type | None = None
@@ -42,7 +42,8 @@ class Command:
     @property
     def resumable(self) -> bool:
         """Whether it trains, so that --resume goes on with it."""
-        return self.settings is not None or self.base is not None
+        settings = () if self.settings is None else fields(self.settings)
+        return self.base is not None or "resume" in {field.name for field in settings}
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from ppo_rlhf.data import Row, Rows, held_out, load_rows, prompt_texts_and_ids, stream
+from ppo_rlhf.compute import default_device
+from ppo_rlhf.data import Row, Rows, prompt_texts_and_ids, stream
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.models import context_length, load_policy
 from ppo_rlhf.preferences import Pair, Prompt, text_of
 from ppo_rlhf.prompts import Prompts
 from ppo_rlhf.rewards import RewardModel
-from ppo_rlhf.run import read_config
 from ppo_rlhf.sampling import sample
+from ppo_rlhf.saved_runs import held_out_rows, policy_folder, prompt_rows, run_folder, sampling_settings
 from ppo_rlhf.seeding import uniform_rows
-from ppo_rlhf.settings import SamplingSettings
 
 
 def samples_of_one(run: str, *, prompts: str | None, count: int, responses: int, seed: int) -> list[Pair]:
@@ -38,18 +37,14 @@ def samples_of_two(run: str, other: str, *, prompts: str | None, count: int, see
     """A response of each of two runs' policies to each of `count` prompts, by default held out from the first run."""
     if Path(run).resolve() == Path(other).resolve():
         raise UserError(f"{run} and {other} are the same run; compare it with another.")
-    rows = prompt_rows(run, prompts)
-    config = read_config(run_folder(run)) or {}
-    if prompts is None and config.get("eval_prompts") is None:
-        _, rows = held_out(rows, config["eval_fraction"], config["seed"], setting="eval_fraction")
-    chosen = chosen_prompts(rows, count, seed)
+    chosen = chosen_prompts(held_out_rows(run, prompts), count, seed)
     sides = [sampled(each, chosen, repeats=1, seed=seed, side=side) for side, each in enumerate((run, other))]
     return [Pair(row["prompt"], [*mine, *yours], [run, other]) for row, mine, yours in zip(chosen, *sides, strict=True)]
 
 
 def uncertainty_order(pairs: Mapping[int, Pair], reward_model: str) -> dict[int, float]:
     """Of each pair, how far the reward model puts its best response above the next: the smallest is the least sure."""
-    model = RewardModel.load(reward_model, setting="--reward-model", device=_device())
+    model = RewardModel.load(reward_model, setting="--reward-model", device=default_device())
     prompts = [_as_read(pair.prompt, model.tokenizer) for pair in pairs.values() for _ in pair.responses]
     scores = iter(model(prompts, [text for pair in pairs.values() for text in pair.responses]).tolist())
     margins = {}
@@ -67,23 +62,6 @@ def _as_read(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
     return texts[0]
 
 
-def run_folder(run: str) -> Path:
-    """The folder of the run itself: of a pipeline, that of its last stage."""
-    return Path(run) / "ppo" if (Path(run) / "ppo" / "policy").is_dir() else Path(run)
-
-
-def prompt_rows(run: str, prompts: str | None) -> list[Row]:
-    """The rows of the given prompts, else of those in the run's configuration. Raises UserError where it has none."""
-    setting, columns = "--prompts", {}
-    if prompts is None:
-        config = read_config(run_folder(run)) or {}
-        prompts, setting = config.get("eval_prompts") or config.get("prompts"), f"the prompts of {run}"
-        columns = config.get("columns", {})
-    if prompts is None:
-        raise UserError(f"{run} names no prompts; give some with --prompts.")
-    return load_rows(prompts, required=("prompt",), setting=setting, columns=columns)
-
-
 def chosen_prompts(rows: Rows, count: int, seed: int) -> list[Row]:
     """Rows of distinct prompts, `count` of them or as many as there are, in a random order."""
     distinct = list({str(row["prompt"]): row for row in rows}.values())
@@ -92,13 +70,9 @@ def chosen_prompts(rows: Rows, count: int, seed: int) -> list[Row]:
 
 def sampled(run: str, rows: Rows, *, repeats: int, seed: int, side: int) -> list[list[str]]:
     """Responses of a run's policy to each prompt, sampled with the run's own settings."""
-    folder = run_folder(run)
-    source = folder / "policy" if (folder / "policy").is_dir() else folder
-    if not source.is_dir():
-        raise UserError(f"there is no run in {run}: no such folder.")
-    policy, tokenizer = load_policy(str(source), setting=run)
-    policy.to(_device())  # type: ignore[arg-type]
-    settings = sampling_settings(folder)
+    policy, tokenizer = load_policy(str(policy_folder(run)), setting=run)
+    policy.to(default_device())  # type: ignore[arg-type]
+    settings = sampling_settings(run_folder(run))
     longest = context_length(policy) - settings.max_new_tokens
     prompts = Prompts(rows, tokenizer, longest=longest, setting="--prompts")
     batch = prompts.batch(list(range(len(rows))), policy.device)
@@ -107,14 +81,3 @@ def sampled(run: str, rows: Rows, *, repeats: int, seed: int, side: int) -> list
         noise = uniform_rows(batch.rows, settings.max_new_tokens, seed, "candidates", side, repeat)
         told.append(sample(policy, tokenizer, batch, settings, noise).texts)
     return [list(several) for several in zip(*told, strict=True)]
-
-
-def sampling_settings(folder: Path) -> SamplingSettings:
-    """How the run sampled; a policy without a run, or a stage that does not sample, as the defaults say."""
-    settings = dict((read_config(folder) or {}).get("sampling") or {})
-    settings["stop_token_ids"] = tuple(settings.get("stop_token_ids", ()))
-    return SamplingSettings(**settings)
-
-
-def _device() -> torch.device:
-    return torch.accelerator.current_accelerator() or torch.device("cpu")

@@ -27,6 +27,11 @@ class Compute:
     message: str  # the choice and its reason in a line
 
 
+def default_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
 def set_up_products(precision: str, device: torch.device, dtype: torch.dtype) -> Compute:
     """Chooses how float32 matrices are multiplied, for the whole process, and measures products of `dtype`.
 

@@ -25,6 +25,7 @@ LANGUAGE = LIGHT | {"adapters", "core", "models", "packing", "data", "messages",
 EVERYTHING_BELOW = LANGUAGE | {
     "compute",
     "config",
+    "measures",
     "micro_batches",
     "model_card",
     "optimizer",
@@ -56,11 +57,13 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "run": ({"torch", "accelerate", "safetensors", "yaml", "rich"}, ERRORS | {"core"}),
     "messages": (set(), ERRORS),
     "data": ({"torch", "datasets", "transformers"}, LIGHT | {"messages", "preferences", "references", "seeding"}),
-    "preferences": ({"sqlalchemy", "datasets"}, LIGHT | {"messages"}),
+    "intervals": (set(), set()),
+    "preferences": ({"sqlalchemy", "datasets"}, LIGHT | {"intervals", "messages"}),
     "packing": ({"torch", "transformers"}, set()),
     "adapters": ({"torch", "peft"}, LIGHT),
     "models": ({"torch", "transformers", "safetensors"}, ERRORS | {"adapters", "packing", "references"}),
     "compute": ({"torch"}, LIGHT),
+    "measures": ({"torch"}, set()),
     "prompts": ({"torch", "transformers", "datasets"}, LANGUAGE),
     "policy": ({"torch", "transformers"}, LANGUAGE),
     "kv_cache": ({"torch", "transformers"}, set()),
@@ -74,7 +77,13 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "model_card": ({"huggingface_hub"}, {"references"}),
     "export": ({"torch", "transformers", "huggingface_hub"}, LANGUAGE | {"rewards", "run"}),
     "stepwise": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
-    "candidates": ({"torch", "transformers"}, EVERYTHING_BELOW),
+    "saved_runs": (set(), EVERYTHING_BELOW),
+    "candidates": ({"transformers"}, EVERYTHING_BELOW | {"saved_runs"}),
+    "evaluation_settings": (set(), LIGHT | {"reward_settings"}),
+    "evaluate": (
+        {"torch", "transformers", "safetensors", "scipy", "numpy", "rich"},
+        EVERYTHING_BELOW | {"evaluation_settings", "intervals", "saved_runs", "train"},
+    ),
     "inspection": ({"transformers", "rich"}, EVERYTHING_BELOW | {"train"}),
     "pipeline": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
     "study": ({"torch", "matplotlib"}, {"core"}),
@@ -88,7 +97,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"jsonargparse", "rich", "yaml"},
         LIGHT
         | {"arguments", "candidates", "config", "data", "doctor", "label", "pipeline", "preferences", "report"}
-        | {"export", "inspection", "run", "study", "train"},
+        | {"evaluate", "evaluation_settings", "export", "inspection", "run", "study", "train"},
     ),
 }
 

@@ -9,7 +9,7 @@ from ppo_rlhf.preferences.exchange import (
     text_of,
     write_rows,
 )
-from ppo_rlhf.preferences.statistics import Share, Statistics, statistics_lines, statistics_of, win_rate
+from ppo_rlhf.preferences.statistics import Statistics, statistics_lines, statistics_of, win_rate
 from ppo_rlhf.preferences.store import Choice, Deal, NotDealt, Pair, Progress, Prompt, Store, check_address
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "Pair",
     "Progress",
     "Prompt",
-    "Share",
     "Statistics",
     "Store",
     "all_pairs",

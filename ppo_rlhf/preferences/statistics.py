@@ -9,20 +9,10 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ppo_rlhf.intervals import Share, wilson
 from ppo_rlhf.preferences.store import Choice
 
-CONFIDENCE_95 = 1.959963984540054  # standard normal quantile at 0.975
 PRIOR = 0.1  # virtual ties between sources that met: keeps the strength of one that always wins finite
-
-
-@dataclass(frozen=True)
-class Share:
-    """A share with its 95 % interval."""
-
-    share: float
-    low: float
-    high: float
-    count: int  # of what it is a share
 
 
 @dataclass(frozen=True)
@@ -127,18 +117,6 @@ def _results(choices: Sequence[Choice]) -> dict[str, int]:
 def _median_seconds(choices: Sequence[Choice]) -> float | None:
     seconds = [choice.seconds for choice in choices if choice.seconds is not None]
     return statistics.median(seconds) if seconds else None
-
-
-def wilson(successes: float, count: int) -> Share:
-    """A share with Wilson's score interval (1927) at 95 %. successes may hold halves: a tie is half a win.
-
-    centre ± half = (p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n)
-    """
-    share, z = successes / count, CONFIDENCE_95
-    scale = 1 + z * z / count
-    centre = (share + z * z / (2 * count)) / scale
-    half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2) / scale
-    return Share(share, max(0.0, centre - half), min(1.0, centre + half), count)
 
 
 def left_share(choices: Sequence[Choice]) -> Share | None:

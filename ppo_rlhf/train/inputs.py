@@ -40,6 +40,19 @@ def policy_with_tokenizer(
     return policy, with_chat_template(tokenizer, config.chat_template)
 
 
+def load_reference(
+    source: str, tokenizer: PreTrainedTokenizerBase, *, setting: str, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A model that KL is measured to, token by token. Raises UserError for another vocabulary than the policy's."""
+    reference, its_tokenizer = load_policy(source, setting=setting, trust_remote_code=trust_remote_code)
+    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"{setting}: {source} has another vocabulary than the policy, but KL is measured token by token; give one "
+            "with the policy's tokenizer."
+        )
+    return reference
+
+
 def training_and_held_out(
     config: SFTConfig | RewardConfig,
     data: Iterable[Row] | None,

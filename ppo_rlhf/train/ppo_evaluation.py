@@ -12,20 +12,18 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ppo_rlhf.config import PPOConfig
+from ppo_rlhf.measures import distinct_n
 from ppo_rlhf.models import evaluating
-from ppo_rlhf.policy import Inputs, response_logprobs
-from ppo_rlhf.rewards import RewardFunction, Scores, shaped
+from ppo_rlhf.policy import Inputs
+from ppo_rlhf.rewards import Scores, shaped
 from ppo_rlhf.rollout import inputs_of
 from ppo_rlhf.run import SAMPLES_KEPT, LoopState, gathered, share_of, whole_weights
-from ppo_rlhf.sampling import sample
 from ppo_rlhf.seeding import uniform_rows
 from ppo_rlhf.train.averaging import averaged
+from ppo_rlhf.train.measured import measure
 from ppo_rlhf.train.ppo_credit import response_gae, token_rewards
 from ppo_rlhf.train.ppo_parts import Parts
 from ppo_rlhf.train.ppo_records import token_numbers
-from ppo_rlhf.train.scoring import scores_of
-
-NUM_BIGRAMS = 3000  # of distinct_2, so that it compares samples of different lengths at equal counts
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def evaluate_held_out(
     with accelerator.autocast(), evaluating(parts.model), whole_weights(parts.model), averaged(model, state.tensors):
         for start in range(0, len(numbers), config.sampling.batch_size):
             batch = list(numbers[start : start + config.sampling.batch_size])
-            rows += _evaluate_batch(batch, parts, config, accelerator, state, must_be_finite)
+            rows += _evaluate_batch(batch, parts, config, state, must_be_finite)
     rows = gathered(rows)
     scores = torch.tensor([row["score"] for row in rows], dtype=torch.float64)
     metrics = {
@@ -68,7 +66,7 @@ def evaluate_held_out(
         "eval/kl": _mean([row["kl"] for row in rows]),
         "eval/length": _mean([row["length"] for row in rows]),
         "eval/stop_rate": _mean([row["finished"] for row in rows]),
-        "eval/distinct_2": distinct_2([row["response"] for row in rows]),
+        "eval/distinct_2": distinct_n([row["response"] for row in rows], 2),
     }
     for name in rows[0].get("score_parts", {}):
         metrics[f"eval/score/{name}"] = _mean([row["score_parts"][name] for row in rows])
@@ -86,45 +84,29 @@ def _evaluate_batch(
     numbers: list[int],
     parts: Parts,
     config: PPOConfig,
-    accelerator: Accelerator,
     state: LoopState,
     must_be_finite: bool,
 ) -> list[dict[str, Any]]:
-    model, temperature = parts.model.language_model, config.sampling.temperature
-    prompts = parts.eval_prompts.batch(numbers, accelerator.device)
-    noise = uniform_rows(numbers, config.sampling.max_new_tokens, config.seed, "held out")
-    responses = sample(model, parts.tokenizer, prompts, config.sampling, noise)
-    columns = parts.eval_prompts.columns_of(numbers)
-
-    def scored(reward: RewardFunction) -> Scores:
-        return scores_of(reward, prompts.texts, responses, columns, parts.tokenizer, must_be_finite=must_be_finite)
-
-    scores = scored(parts.reward)
-    gold = scored(parts.gold).total.tolist() if parts.gold is not None else None
-    inputs = inputs_of(prompts, responses)
-    logprobs = response_logprobs(model, inputs, temperature=temperature)
-    ref_logprobs = response_logprobs(parts.reference, inputs, temperature=temperature)
-    log_ratio = torch.where(responses.mask, logprobs - ref_logprobs, 0)
-    kl = log_ratio.sum(1).tolist()
-    lengths, finished = responses.mask.sum(1).tolist(), responses.finished.tolist()
-    rows: list[dict[str, Any]] = []
-    for row in range(len(numbers)):
-        rows.append(
-            {
-                "prompt": prompts.texts[row],
-                "response": responses.texts[row],
-                "score": float(scores.total[row]),
-                **({"score_parts": scores.parts_of(row)} if len(scores.parts) > 1 else {}),
-                **({"gold_score": gold[row]} if gold is not None else {}),
-                "kl": kl[row],
-                "length": lengths[row],
-                "finished": finished[row],
-            }
-        )
+    measured = measure(
+        parts.eval_prompts,
+        numbers,
+        uniform_rows(numbers, config.sampling.max_new_tokens, config.seed, "held out"),
+        parts.model.language_model,
+        parts.tokenizer,
+        config.sampling,
+        reference=parts.reference,
+        rewards={"score": parts.reward, **({} if parts.gold is None else {"gold_score": parts.gold})},
+        must_be_finite=must_be_finite,
+    )
+    rows, responses = measured.rows(), measured.responses
     kept = sum(number < SAMPLES_KEPT for number in numbers)  # what samples.jsonl shows, token by token
     if kept:
+        logprobs, ref_logprobs, log_ratio = measured.logprobs, measured.ref_logprobs, measured.log_ratio
+        assert logprobs is not None
+        assert ref_logprobs is not None
+        assert log_ratio is not None
         rewards = token_rewards(
-            scores,
+            measured.scores["score"],
             log_ratio,
             responses.mask,
             responses.finished,
@@ -133,7 +115,8 @@ def _evaluate_batch(
             kl_coef=state.kl_coef,
         )
         per_token = {"logprobs": logprobs[:kept], "ref_logprobs": ref_logprobs[:kept], "rewards": rewards[:kept]}
-        per_token |= _judged({name: x[:kept] for name, x in inputs.items()}, rewards[:kept], parts, config)
+        inputs = {name: x[:kept] for name, x in inputs_of(measured.prompts, responses).items()}
+        per_token |= _judged(inputs, rewards[:kept], parts, config)
         for row in range(kept):
             rows[row] |= {"kl_coef": state.kl_coef, **token_numbers(row, responses, per_token, parts.tokenizer)}
     return rows
@@ -161,15 +144,6 @@ def rank_correlation(one: Tensor, other: Tensor) -> float:
 def weight_norm(module: nn.Module) -> float:
     """√Σ w² over all weights: the same at every evaluation, as long as nothing moves the module."""
     return math.sqrt(sum(float(parameter.detach().double().square().sum()) for parameter in module.parameters()))
-
-
-def distinct_2(texts: Sequence[str], num_bigrams: int = NUM_BIGRAMS) -> float:
-    """Different word pairs ÷ word pairs (Li et al., 2016), over the first `num_bigrams` pairs of the texts.
-
-    At an equal count, since the ratio falls as text grows. 0 for texts without two words.
-    """
-    pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)][:num_bigrams]
-    return len(set(pairs)) / max(1, len(pairs))
 
 
 def summary_of(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:

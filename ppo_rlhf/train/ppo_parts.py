@@ -23,7 +23,6 @@ from ppo_rlhf.models import (
     context_length,
     disable_dropout,
     frozen_copy,
-    load_policy,
     load_value_head,
     save_policy,
     use_quick_kernels,
@@ -33,7 +32,7 @@ from ppo_rlhf.prompts import Prompts
 from ppo_rlhf.references import is_reference
 from ppo_rlhf.rewards import RewardFunction, RewardModel, load_reward, models_in
 from ppo_rlhf.sampling import stop_ids_of
-from ppo_rlhf.train.inputs import named, policy_with_tokenizer
+from ppo_rlhf.train.inputs import load_reference, named, policy_with_tokenizer
 from ppo_rlhf.train.pretraining import load_texts
 
 
@@ -103,12 +102,7 @@ def load_parts(
         start = policy
         if config.reference is not None:
             trusted = config.trust_remote_code
-            start, its_tokenizer = load_policy(config.reference, setting="reference", trust_remote_code=trusted)
-            if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-                raise UserError(
-                    f"reference: {config.reference} has another vocabulary than the policy, but KL is measured token "
-                    "by token; give one with the policy's tokenizer."
-                )
+            start = load_reference(config.reference, tokenizer, setting="reference", trust_remote_code=trusted)
         reference = frozen_copy(start)
         loaded.append(reference)
     if reward is None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppo_rlhf.adapters import train_adapter
 from ppo_rlhf.compute import set_up_products
 from ppo_rlhf.config import SFTConfig
-from ppo_rlhf.core import masked_mean, masked_sum
+from ppo_rlhf.core import masked_mean
 from ppo_rlhf.data import Example, Examples, Row, demonstrations, prompts_and_completions
 from ppo_rlhf.model_card import model_card
 from ppo_rlhf.models import context_length, evaluating, right_padded, save_policy, use_quick_kernels
@@ -121,16 +121,23 @@ def batches_of(
     return num_steps, lambda step: batch_of(step, num_steps, config, lengths)
 
 
-@torch.no_grad()
 def held_out_loss(module: nn.Module, examples: Sequence[Example], accelerator: Accelerator) -> float:
     """Mean cross-entropy over all learnt tokens of all processes, in nats."""
     mine = examples[share_of(len(examples), accelerator)]
-    totals = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    for start in range(0, len(mine), EVAL_BATCH):
-        logprobs, learnt = completion_logprobs(module, mine[start : start + EVAL_BATCH], accelerator.device)
-        totals += torch.stack([masked_sum(-logprobs.double(), learnt), learnt.sum().double()])
+    totals = example_losses(module, mine, accelerator.device).sum(0)
     nll, tokens = accelerator.reduce(totals).tolist()
     return nll / tokens
+
+
+@torch.no_grad()
+def example_losses(module: nn.Module, examples: Sequence[Example], device: torch.device) -> Tensor:
+    """The cross-entropy of each example, summed over its learnt tokens, and how many these are. (N, 2) float64."""
+    losses = [torch.zeros(0, 2, dtype=torch.float64, device=device)]  # a process may have no example
+    for start in range(0, len(examples), EVAL_BATCH):
+        logprobs, learnt = completion_logprobs(module, examples[start : start + EVAL_BATCH], device)
+        nll = torch.where(learnt, -logprobs.double(), 0)
+        losses.append(torch.stack([nll.sum(1), learnt.sum(1).double()], dim=1))
+    return torch.cat(losses)
 
 
 def responses_beside(

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ppo_rlhf.candidates import prompt_rows, samples_of_one, samples_of_two, sampling_settings, uncertainty_order
+from ppo_rlhf.candidates import samples_of_one, samples_of_two, uncertainty_order
 from ppo_rlhf.cli import main
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.preferences import Pair
 from ppo_rlhf.rewards import RewardModel
+from ppo_rlhf.saved_runs import prompt_rows, sampling_settings
 
 
 def test_samples_of_one_policy_are_its_own_and_follow_from_the_seed(models, data):

@@ -6,8 +6,9 @@ from collections import Counter
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
+from ppo_rlhf.intervals import wilson
 from ppo_rlhf.preferences import Choice, Pair, statistics_of, win_rate
-from ppo_rlhf.preferences.statistics import bradley_terry, cohen_kappa, fleiss_kappa, left_share, ranked_sources, wilson
+from ppo_rlhf.preferences.statistics import bradley_terry, cohen_kappa, fleiss_kappa, left_share, ranked_sources
 
 
 def choice(number, annotator, result, ranks=None, *, sources=(), seconds=None):

@@ -19,7 +19,7 @@ from ppo_rlhf.rollout import Rollout
 from ppo_rlhf.settings import PPOSettings, SamplingSettings
 from ppo_rlhf.train.ppo import experience_of, next_kl_coef
 from ppo_rlhf.train.ppo_credit import missing_eos_rule
-from ppo_rlhf.train.ppo_evaluation import distinct_2, summary_of
+from ppo_rlhf.train.ppo_evaluation import summary_of
 from ppo_rlhf.train.ppo_parts import load_parts, value_model_of
 from ppo_rlhf.train.reward_model import classifier_from
 from ppo_rlhf.update import ppo_update
@@ -262,14 +262,6 @@ def test_the_kl_coefficient_stays_without_a_target_and_follows_the_kl_with_one()
     assert next_kl_coef(0.15, 6.6, config) == pytest.approx(0.15 * (1 + 0.1 * 0.01))
     assert next_kl_coef(0.15, 60.0, config) == pytest.approx(0.15 * (1 + 0.2 * 0.01))  # the error is clipped
     assert next_kl_coef(0.15, -3.0, config) == pytest.approx(0.15 * (1 - 0.2 * 0.01))
-
-
-def test_distinct_2_is_the_share_of_different_word_pairs():
-    assert distinct_2(["a b a b", "a b"]) == pytest.approx(2 / 4)  # ab ba ab | ab
-    assert distinct_2(["a", "", "b"]) == 0
-    assert distinct_2(["a b c d"]) == 1
-    assert distinct_2(["a b a b"], num_bigrams=2) == 1  # ab ba
-    assert distinct_2(["a", "b"]) == 0  # no pair reaches over two texts
 
 
 def test_a_summary_sets_before_beside_after():
