@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ppo_rlhf import toy
-from ppo_rlhf.run import write_text
+from ppo_rlhf.document import DOCUMENT, Document
+from ppo_rlhf.run import read_config, refuse_changes, strict_json, write_config, write_text
 from ppo_rlhf.run.grid import Job
 
 PIPELINE = Path(toy.__file__).with_name("pipeline.yaml")
@@ -29,6 +31,30 @@ def stage_job(stage: str, folder: Path, changes: Changes) -> Job:
     write_text(config, yaml.safe_dump(settings, sort_keys=False))
     options = (word for name, value in (UNWATCHED | changes).items() for word in (f"--{name}", _word(value)))
     return Job(folder.name, (sys.executable, "-m", "ppo_rlhf", stage, "--config", str(config), *options), folder)
+
+
+def begin(folder: Path, plan: Any) -> None:
+    """Makes the study's folder, with its plan as config.yaml; or takes it up, if it was begun with the same one.
+
+    Raises UserError where it was begun with another.
+    """
+    begun = read_config(folder)
+    if begun is not None:
+        refuse_changes(folder, begun, asdict(plan), may_change=set())
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(folder, plan)
+
+
+def write_findings(folder: Path, results: Any, document: Document) -> None:
+    """results.json, the numbers; README.md, the tables; and the document that the report draws."""
+    write_text(folder / "results.json", strict_json(asdict(results), indent=1))
+    write_text(folder / "README.md", document.markdown)
+    write_text(folder / DOCUMENT, strict_json(asdict(document)))
+
+
+def outcome_of(folder: Path) -> dict[str, Any]:
+    """A run's summary.json."""
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ppo_rlhf.config import ComparisonConfig, PipelineConfig
 from ppo_rlhf.data import held_out
 from ppo_rlhf.pipeline import compare
+from ppo_rlhf.reward_settings import RewardPart, RewardSource
 from ppo_rlhf.run import write_text
 from ppo_rlhf.run.grid import Job
 from ppo_rlhf.study.toy_runs import stage_job
@@ -35,25 +36,37 @@ class Proxy:
         """Of its run, in that of the study."""
         return f"{self.size}/reward-{self.num_labels}-seed-{self.seed}"
 
+
+@dataclass(frozen=True)
+class Target:
+    """What is optimised in place of the gold reward: a proxy, or an ensemble of some."""
+
+    proxies: tuple[Proxy, ...]
+    rule: str = ""  # of the ensemble; empty: there is one proxy
+
     @property
     def name(self) -> str:
-        """As a table has it."""
-        return f"{self.size}, {self.num_labels:,} labels"
+        """That of its files and columns."""
+        first = self.proxies[0]
+        return f"{first.size}-{first.num_labels}" + (f"-{self.rule}" if self.rule else "")
+
+    def reward(self, folder: Path) -> RewardSource:
+        """The setting `reward` of a run."""
+        models = tuple(str(folder / proxy.folder / "reward_model") for proxy in self.proxies)
+        return (RewardPart(models, ensemble=self.rule, name="ensemble"),) if self.rule else models[0]
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """PPO against a proxy, or against an ensemble of them."""
+    """PPO against a target."""
 
-    proxies: tuple[Proxy, ...]
-    kl_coef: float = 0.0
-    rule: str = ""  # of the ensemble; empty: there is one proxy
+    target: Target
+    kl_coef: float
 
     @property
     def folder(self) -> str:
         """Of its run, in that of the study."""
-        first = self.proxies[0]
-        return f"ppo/{first.size}-{first.num_labels}-{self.rule or f'kl-{self.kl_coef}'}"
+        return f"ppo/{self.target.name}-kl-{self.kl_coef}"
 
 
 @dataclass(frozen=True)
@@ -87,13 +100,18 @@ class Plan:
         return tuple(Proxy(self.sizes[0], self.label_counts[-1], seed) for seed in seeds)
 
     @property
+    def targets(self) -> list[Target]:
+        """The proxies, and the ensembles by each rule."""
+        return [Target((proxy,)) for proxy in self.proxies] + [Target(self.members, rule) for rule in RULES]
+
+    @property
     def attempts(self) -> list[Attempt]:
-        """Without a penalty against every proxy; with one; against ensembles, without one."""
-        most = [proxy for proxy in self.proxies if proxy.num_labels == self.label_counts[-1]]
+        """Without a penalty against every target; with one against each size's proxy of most labels."""
+        most = [target for target in self.targets if target.proxies[0].num_labels == self.label_counts[-1]]
+        penalised = [target for target in most if not target.rule]
         return [
-            *(Attempt((proxy,)) for proxy in self.proxies),
-            *(Attempt((proxy,), kl_coef) for proxy in most for kl_coef in self.kl_coefs),
-            *(Attempt(self.members, rule=rule) for rule in RULES),
+            *(Attempt(target, 0.0) for target in self.targets),
+            *(Attempt(target, kl_coef) for target in penalised for kl_coef in self.kl_coefs),
         ]
 
 
@@ -108,8 +126,9 @@ QUICK = Plan(
     num_eval_labels=20,
     sft_epochs=0.02,
     reward_steps=2,
-    num_steps=3,
+    num_steps=4,
     eval_every=1,
+    lr=3e-3,
 )
 
 
@@ -185,22 +204,9 @@ def ppo_jobs(folder: Path, plan: Plan) -> list[Job]:
         "optimizer.lr": plan.lr,
         "optimizer.schedule": "constant",
     }
-    return [
-        stage_job(
-            "ppo",
-            folder / attempt.folder,
-            {**common, "kl_coef": attempt.kl_coef, "reward": reward_of(folder, attempt)},
-        )
-        for attempt in plan.attempts
-    ]
-
-
-def reward_of(folder: Path, attempt: Attempt) -> Any:
-    """The setting `reward` of an attempt."""
-    models = [model_of(folder, proxy) for proxy in attempt.proxies]
-    return [{"reward": models, "ensemble": attempt.rule, "name": "ensemble"}] if attempt.rule else models[0]
-
-
-def model_of(folder: Path, proxy: Proxy) -> str:
-    """Where a proxy is saved."""
-    return str(folder / proxy.folder / "reward_model")
+    jobs = []
+    for attempt in plan.attempts:
+        reward = attempt.target.reward(folder)
+        changes = {"kl_coef": attempt.kl_coef, "reward": reward if isinstance(reward, str) else list(map(asdict, reward))}
+        jobs.append(stage_job("ppo", folder / attempt.folder, common | changes))
+    return jobs
