@@ -13,24 +13,33 @@ import yaml
 
 from ppo_rlhf import toy
 from ppo_rlhf.document import DOCUMENT, Document
+from ppo_rlhf.pipeline import STAGES
 from ppo_rlhf.run import read_config, refuse_changes, strict_json, write_config, write_text
 from ppo_rlhf.run.grid import Job
 
 PIPELINE = Path(toy.__file__).with_name("pipeline.yaml")
 Changes = Mapping[str, Any]  # dotted name of a setting → its value
 
-# What a study reads is in metrics.jsonl; a run that was cut short takes a minute and starts again.
-UNWATCHED: Changes = {"log_with": [], "save_every": 0}
+COMMON: Changes = {
+    "log_with": [],
+    "save_every": 0,  # a run that was cut short takes a minute, and starts again
+    "matmul_precision": "highest",  # auto chooses by measurement, and one run might round otherwise than another
+}
 
 
 def stage_job(stage: str, folder: Path, changes: Changes) -> Job:
     """A stage of the demo, with some settings changed. The demo's own are written beside the folder."""
     settings = yaml.safe_load(PIPELINE.read_text(encoding="utf-8"))[stage]
-    folder.parent.mkdir(parents=True, exist_ok=True)
     config = folder.parent / f"{stage}.yaml"
+    config.parent.mkdir(parents=True, exist_ok=True)
     write_text(config, yaml.safe_dump(settings, sort_keys=False))
-    options = (word for name, value in (UNWATCHED | changes).items() for word in (f"--{name}", _word(value)))
-    return Job(folder.name, (sys.executable, "-m", "ppo_rlhf", stage, "--config", str(config), *options), folder)
+    return Job(folder.name, _command(stage, {"config": str(config), **COMMON, **changes}), folder)
+
+
+def demo_job(folder: Path, changes: Changes) -> Job:
+    """The whole demo, with some settings changed."""
+    common = {f"{stage}.{name}": value for stage in STAGES for name, value in COMMON.items()}
+    return Job(folder.name, _command("demo", {**common, **changes}), folder)
 
 
 def begin(folder: Path, plan: Any) -> None:
@@ -60,6 +69,11 @@ def outcome_of(folder: Path) -> dict[str, Any]:
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _command(name: str, options: Changes) -> tuple[str, ...]:
+    words = (word for option, value in options.items() for word in (f"--{option}", _word(value)))
+    return (sys.executable, "-m", "ppo_rlhf", name, *words)
 
 
 def _word(value: Any) -> str:
