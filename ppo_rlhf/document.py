@@ -1,4 +1,4 @@
-"""A page as data: sections of text, tables and charts. Studies write it, as Markdown and as JSON that `report` draws."""
+"""A page as data: sections of text, tables and charts. Studies write it, as Markdown and for the report to draw."""
 
 from __future__ import annotations
 

@@ -86,7 +86,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "inspection": ({"transformers", "rich"}, EVERYTHING_BELOW | {"train"}),
     "pipeline": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
-    "study": ({"torch", "matplotlib"}, {"core"}),
+    "study": (
+        {"torch", "matplotlib", "numpy", "scipy", "transformers", "yaml"},
+        EVERYTHING_BELOW | {"document", "measures", "pipeline", "statistics", "toy", "train"},
+    ),
     "document": (set(), ERRORS),
     "records": ({"yaml"}, ERRORS),
     "report": ({"bokeh", "jinja2", "markupsafe", "numpy", "yaml"}, ERRORS | {"document", "records"}),

@@ -124,7 +124,7 @@ QUICK = Plan(
     num_best_of_prompts=4,
     num_eval_prompts=8,
     num_eval_labels=20,
-    sft_epochs=0.02,
+    sft_epochs=0.05,
     reward_steps=2,
     num_steps=4,
     eval_every=1,
@@ -207,6 +207,9 @@ def ppo_jobs(folder: Path, plan: Plan) -> list[Job]:
     jobs = []
     for attempt in plan.attempts:
         reward = attempt.target.reward(folder)
-        changes = {"kl_coef": attempt.kl_coef, "reward": reward if isinstance(reward, str) else list(map(asdict, reward))}
+        changes = {
+            "kl_coef": attempt.kl_coef,
+            "reward": reward if isinstance(reward, str) else list(map(asdict, reward)),
+        }
         jobs.append(stage_job("ppo", folder / attempt.folder, common | changes))
     return jobs
