@@ -5,14 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from classic.config import Algorithm, CompareConfig, TrainConfig
-from classic.presets import PRESETS, preset_for
+from classic.config import Algorithm, CompareConfig, ExperimentConfig, ManyRuns, TrainConfig
+from classic.presets import MUJOCO, PRESETS, preset_for
+from classic.variants import DETAILS, SURROGATES
 from ppo_rlhf.arguments import Command, CommandLine, read, run, settings_in
 from ppo_rlhf.errors import UserError, did_you_mean
 from ppo_rlhf.settings import require
@@ -20,6 +22,7 @@ from ppo_rlhf.settings import require
 if TYPE_CHECKING:
     from classic.policy import Policy
 
+Many = TypeVar("Many", bound=ManyRuns)
 Outcome = tuple[dict[str, Any], list[str]]  # for --json, and for the eye
 FORMATS = ("human", "video")
 
@@ -72,12 +75,25 @@ def _add_compare(parser: ArgumentParser) -> None:
     default = CompareConfig()
     parser.add_argument("env_ids", nargs="*", metavar="ENV_ID", default=list(default.env_ids), help="Gymnasium ids")
     parser.add_argument("--algorithms", nargs="+", type=Algorithm, default=list(default.algorithms))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(default.seeds), help="a run each")
-    parser.add_argument("--num_steps", type=int | None, help="of a run; by default as the preset has them")
+    _add_many_runs(parser, default.seeds)
     parser.add_argument("--eval_episodes", type=int, default=default.eval_episodes, help="of the final evaluation")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default=default.device)
+
+
+def _add_many_runs(parser: ArgumentParser, seeds: Sequence[int]) -> None:
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(seeds), help="a run each")
+    parser.add_argument("--num_steps", type=int | None, help="of a run; by default as the preset has them")
     parser.add_argument("--output_dir", help="by default a fresh numbered folder under runs/")
-    parser.add_argument("--resume", action="store_true", help="go on with the comparison in --output-dir")
+    parser.add_argument("--resume", action="store_true", help="go on with what is in --output-dir")
+
+
+def _add_experiment(
+    parser: ArgumentParser, *, env_ids: Sequence[str], seeds: Sequence[int], variants: Sequence[str]
+) -> None:
+    parser.add_argument("--envs", dest="env_ids", nargs="+", metavar="ENV_ID", default=list(env_ids))
+    parser.add_argument("--variants", nargs="+", choices=variants, default=list(variants), help="what is compared")
+    _add_many_runs(parser, seeds)
+    parser.add_argument("--workers", type=int | None, help="runs at a time; by default as many as there are cores")
 
 
 def _preset(given: Namespace) -> dict[str, Any]:
@@ -89,7 +105,7 @@ def _preset(given: Namespace) -> dict[str, Any]:
     return _flat(asdict(preset_for(name, given.algorithm))) if name in PRESETS else {"env_id": ""}
 
 
-def _earlier_comparison(given: Namespace) -> dict[str, Any]:
+def _earlier(given: Namespace, kind: type[ManyRuns]) -> dict[str, Any]:
     """The settings of the comparison that is resumed."""
     path = Path(given.output_dir or ".") / "config.yaml"
     if not given.resume or given.output_dir is None or not path.exists():
@@ -97,9 +113,7 @@ def _earlier_comparison(given: Namespace) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
         return {
-            field.name: settings[field.name]
-            for field in fields(CompareConfig)
-            if field.name not in ("output_dir", "resume")
+            field.name: settings[field.name] for field in fields(kind) if field.name not in ("output_dir", "resume")
         }
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is not of a comparison: {error}") from error
@@ -210,10 +224,34 @@ def _export(given: Namespace) -> Outcome:
 def _compare(given: Namespace) -> Outcome:
     from classic.compare import compare
 
-    config = settings_in(given, CompareConfig)
-    lists: dict[str, Any] = {name: tuple(given[name]) for name in ("env_ids", "algorithms", "seeds")}
-    summary = compare(replace(config, **lists), tell=lambda line: print(line, file=sys.stderr, flush=True))
-    return summary, [(Path(summary["output_dir"]) / "comparison.md").read_text(encoding="utf-8")]
+    config = _many_runs(given, CompareConfig, "env_ids", "algorithms", "seeds")
+    summary = compare(config, tell=lambda line: print(line, file=sys.stderr, flush=True))
+    return summary, _written(summary, "comparison.md")
+
+
+def _table1(given: Namespace) -> Outcome:
+    from classic.table1 import table1
+
+    summary = table1(_many_runs(given, ExperimentConfig, "env_ids", "variants", "seeds"))
+    return summary, _written(summary, "table1.md")
+
+
+def _ablations(given: Namespace) -> Outcome:
+    from classic.ablations import ablations
+
+    summary = ablations(_many_runs(given, ExperimentConfig, "env_ids", "variants", "seeds"))
+    return summary, _written(summary, "ablations.md")
+
+
+def _many_runs(given: Namespace, kind: type[Many], *lists: str) -> Many:
+    """The settings of a command that makes many runs."""
+    values = {field.name: given[field.name] for field in fields(kind)}
+    return kind(**values | {name: tuple(given[name]) for name in lists})
+
+
+def _written(summary: Mapping[str, Any], name: str) -> list[str]:
+    """The table that a command wrote into its folder."""
+    return [(Path(summary["output_dir"]) / name).read_text(encoding="utf-8")]
 
 
 def _how(given: Namespace) -> dict[str, Any]:
@@ -243,7 +281,19 @@ COMMANDS = {
     "evaluate": Command("Play fresh episodes with a run's policy.", add_arguments=_add_evaluate),
     "plot": Command("Draw the learning curves of one or several runs.", add_arguments=_add_plot),
     "compare": Command(
-        "Run algorithms over seeds, and compare how they end.", add_arguments=_add_compare, base=_earlier_comparison
+        "Run algorithms over seeds, and compare how they end.",
+        add_arguments=_add_compare,
+        base=partial(_earlier, kind=CompareConfig),
+    ),
+    "table1": Command(
+        "Compare surrogate objectives as table 1 of the PPO paper does.",
+        add_arguments=partial(_add_experiment, env_ids=MUJOCO, seeds=(0, 1, 2), variants=tuple(SURROGATES)),
+        base=partial(_earlier, kind=ExperimentConfig),
+    ),
+    "ablations": Command(
+        "Measure what each implementation detail is worth.",
+        add_arguments=partial(_add_experiment, env_ids=ManyRuns.env_ids, seeds=ManyRuns.seeds, variants=tuple(DETAILS)),
+        base=partial(_earlier, kind=ExperimentConfig),
     ),
     "video": Command("Record episodes of a run's policy.", add_arguments=_add_video),
     "export": Command("Write a run's policy as an ONNX file.", add_arguments=_add_export),
@@ -254,6 +304,8 @@ EXECUTE: dict[str, Callable[[Namespace], Outcome]] = {
     "evaluate": _evaluate,
     "plot": _plot,
     "compare": _compare,
+    "table1": _table1,
+    "ablations": _ablations,
     "video": _video,
     "export": _export,
 }

@@ -180,32 +180,60 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class CompareConfig:
-    """Algorithms over seeds on the same environments (read by `classic.compare`)."""
+class ManyRuns:
+    """Environments × seeds × whatever a command compares, a run folder each."""
 
     env_ids: tuple[str, ...] = ("CartPole-v1", "Pendulum-v1")
-    """Gymnasium environments, each with its preset where there is one, or the algorithm's own preset for it."""
-    algorithms: tuple[Algorithm, ...] = ("clip", "penalty", "trpo", "none")
-    """What is compared, all else being equal."""
+    """Gymnasium environments."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """A run each."""
     num_steps: int | None = None
     """Environment steps of a run; null: as the preset has them."""
+    output_dir: str | None = None
+    """Holds a run folder each; without it a fresh numbered folder under runs/."""
+    resume: bool = False
+    """Go on with earlier runs: what is finished is not run again."""
+
+    def __post_init__(self) -> None:
+        for name in ("env_ids", "seeds"):
+            self._require_different(name)
+        steps = self.num_steps
+        require(steps is None or steps >= 1, f"num_steps={steps} must be at least 1.")
+        require(all(0 <= seed < 2**32 for seed in self.seeds), "seeds must lie between 0 and 2**32 - 1.")
+
+    def _require_different(self, name: str) -> None:
+        values = getattr(self, name)
+        require(len(values) > 0, f"{name}: name at least one.")
+        require(len(set(values)) == len(values), f"{name}={list(values)} names one twice.")
+
+
+@dataclass(frozen=True)
+class CompareConfig(ManyRuns):
+    """Algorithms over seeds on the same environments, each with its own preset for it (read by `classic.compare`)."""
+
+    algorithms: tuple[Algorithm, ...] = ("clip", "penalty", "trpo", "none")
+    """What is compared, all else being equal."""
     eval_episodes: int = 100
     """Episodes of the final evaluation, on environments of their own."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """As of each run."""
-    output_dir: str | None = None
-    """Holds a run folder each; without it a fresh numbered folder under runs/."""
-    resume: bool = False
-    """Go on with an earlier comparison: what is finished is not run again."""
 
     def __post_init__(self) -> None:
-        for name in ("env_ids", "algorithms", "seeds"):
-            values = getattr(self, name)
-            require(len(values) > 0, f"{name}: name at least one.")
-            require(len(set(values)) == len(values), f"{name}={list(values)} names one twice.")
-        steps = self.num_steps
-        require(steps is None or steps >= 1, f"num_steps={steps} must be at least 1.")
+        super().__post_init__()
+        self._require_different("algorithms")
         require(self.eval_episodes >= 1, f"eval_episodes={self.eval_episodes} must be at least 1.")
-        require(all(0 <= seed < 2**32 for seed in self.seeds), "seeds must lie between 0 and 2**32 - 1.")
+
+
+@dataclass(frozen=True)
+class ExperimentConfig(ManyRuns):
+    """Variants of one configuration over seeds on the same environments (read by `classic.experiment`)."""
+
+    variants: tuple[str, ...] = ()
+    """What is compared, by the names in `classic.variants`."""
+    workers: int | None = None
+    """Runs at a time, a thread each; null: as many as there are cores."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_different("variants")
+        require(self.workers is None or self.workers >= 1, f"workers={self.workers} must be at least 1.")

@@ -16,22 +16,19 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
+from scipy import stats
 
 from ppo_rlhf.errors import UserError, did_you_mean
-from ppo_rlhf.run import read_config
+from ppo_rlhf.run import flat, read_config
+from ppo_rlhf.statistics import CONFIDENCE, Estimate
 
 # Settings in which runs may differ and still be seeds of one another.
 OF_NO_WEIGHT = {"seed", "output_dir", "resume", "num_steps", "device", "log_with", "eval_every", "eval_episodes"}
 OF_NO_WEIGHT |= {"pictures", "save_every", "keep_checkpoints"}
+MOST_TOLD = 2  # differing settings in a line's name
 # Okabe and Ito's (2008) colours, told apart with any colour vision; a line style each for prints in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 2)))
-# Student's t, 0.975 quantile, for 1 to 30 degrees of freedom.
-T_QUANTILES = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
-    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
-NORMAL_QUANTILE = 1.95996
 
 
 @dataclass(frozen=True)
@@ -60,13 +57,43 @@ def plot(
     target = Path(output).with_suffix(".png")
     if not target.parent.is_dir():
         raise UserError(f"output={output}: there is no folder {target.parent}.")
-    figure = draw(curves, metric=metric, x=x, smooth=smooth)
-    paths = {kind: target.with_suffix(f".{kind}") for kind in ("png", "svg", "csv")}
+    save(draw(curves, metric=metric, x=x, smooth=smooth), target)
+    write_csv(target.with_suffix(".csv"), curves, metric=metric, x=x)
+    return {kind: str(target.with_suffix(f".{kind}")) for kind in ("png", "svg", "csv")}
+
+
+def plot_estimates(
+    estimates: Mapping[str, Estimate],
+    output: Path,
+    *,
+    axis: str,
+    marks: Mapping[str, float | None] | None = None,
+    marked: str = "",
+) -> None:
+    """Draws a row for each estimate, a dot in its interval, as PNG and SVG. marks: hollow dots, called `marked`."""
+    figure = Figure(figsize=(7.2, 1.2 + 0.32 * len(estimates)), layout="constrained")
+    panel = figure.subplots()
+    for row, found in enumerate(estimates.values()):
+        if found.low is not None and found.high is not None:
+            panel.plot([found.low, found.high], [row, row], color=COLOURS[0], linewidth=2.5, alpha=0.45)
+        panel.plot([found.value], [row], "o", color=COLOURS[0], markersize=6)
+    told = [(value, list(estimates).index(name)) for name, value in (marks or {}).items() if value is not None]
+    if told:
+        panel.plot(*zip(*told, strict=True), "o", color=COLOURS[1], markersize=6, fillstyle="none", label=marked)
+        panel.legend(frameon=False, fontsize=9)
+    panel.set_yticks(range(len(estimates)), list(estimates))
+    panel.invert_yaxis()
+    panel.set_xlabel(axis)
+    panel.grid(axis="x", alpha=0.25, linewidth=0.6)
+    panel.spines[["top", "right"]].set_visible(False)
+    save(figure, output)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """As PNG and, beside it, SVG: the same figure, the same bytes."""
     with matplotlib.rc_context({"svg.hashsalt": "classic", "svg.fonttype": "none"}):
-        figure.savefig(paths["png"], dpi=150)
-        figure.savefig(paths["svg"], metadata={"Date": None})
-    write_csv(paths["csv"], curves, metric=metric, x=x)
-    return {kind: str(path) for kind, path in paths.items()}
+        figure.savefig(path.with_suffix(".png"), dpi=150)
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
 
 
 def read_curve(run: Path, metric: str, x: str) -> Curve:
@@ -114,16 +141,8 @@ def mean_and_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     count = len(values)
     if count < 2:
         return values.mean(0), np.full(values.shape[1:], np.nan)
-    return values.mean(0), t_quantile(count - 1) * values.std(0, ddof=1) / math.sqrt(count)
-
-
-def t_quantile(degrees: int) -> float:
-    """Student's t, 0.975 quantile."""
-    if degrees <= len(T_QUANTILES):
-        return T_QUANTILES[degrees - 1]
-    z = NORMAL_QUANTILE
-    # Cornish and Fisher's expansion: right to 0.001 from here on.
-    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)
+    return values.mean(0), quantile * values.std(0, ddof=1) / math.sqrt(count)
 
 
 def smoothed(y: np.ndarray, smooth: int) -> np.ndarray:
@@ -162,21 +181,36 @@ def _environment_of(curve: Curve) -> str:
 
 
 def _groups_of(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
-    """Runs that differ in nothing of weight, by the algorithm's name; with the folder's where that is not enough."""
+    """Runs that differ in nothing of weight, by the algorithm's name; where that is not enough with the settings in
+    which those of that name differ, or where those are many with the folder's name.
+    """
     groups: dict[str, list[Curve]] = {}
     for curve in curves:
-        weighty = {name: value for name, value in curve.config.items() if name not in OF_NO_WEIGHT}
-        groups.setdefault(json.dumps(weighty, sort_keys=True, default=str), []).append(curve)
-    names = [str(members[0].config.get("algorithm", "run")) for members in groups.values()]
+        groups.setdefault(json.dumps(_weighty(curve), sort_keys=True, default=str), []).append(curve)
+    names = {key: str(members[0].config.get("algorithm", "run")) for key, members in groups.items()}
     labelled = {}
-    for name, members in zip(names, groups.values(), strict=True):
-        label = name if names.count(name) == 1 else f"{name}, {members[0].run}"
+    for key, members in groups.items():
+        name, own = names[key], _weighty(members[0])
+        differing = _differing([_weighty(each[0]) for other, each in groups.items() if names[other] == name])
+        told = [f"{setting.rpartition('.')[2]} {own.get(setting)}" for setting in differing]
+        label = ", ".join([name, *(told if len(told) <= MOST_TOLD else [str(members[0].run)])])
         labelled[label if len(members) == 1 else f"{label} ({len(members)} seeds)"] = members
     return labelled
 
 
+def _weighty(curve: Curve) -> dict[str, Any]:
+    """The settings, by their dotted names, in which runs of one group agree."""
+    return flat({name: value for name, value in curve.config.items() if name not in OF_NO_WEIGHT})
+
+
+def _differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The settings in which not all agree."""
+    names = dict.fromkeys(itertools.chain.from_iterable(configs))
+    return [name for name in names if len({repr(config.get(name)) for config in configs}) > 1]
+
+
 def _draw_group(panel: Axes, label: str, members: Sequence[Curve], index: int, smooth: int) -> None:
-    colour, style = COLOURS[index % len(COLOURS)], STYLES[index % len(STYLES)]
+    colour, style = COLOURS[index % len(COLOURS)], STYLES[(index + index // len(COLOURS)) % len(STYLES)]
     if len(members) == 1:
         (curve,) = members
         if smooth > 1:

@@ -19,7 +19,7 @@ MUJOCO = (
 )
 
 
-def _mujoco(env_id: str) -> TrainConfig:
+def mujoco(env_id: str) -> TrainConfig:
     """Schulman et al. (2017), table 3, with the normalisation and annealing of baselines (Huang et al., 2022)."""
     return TrainConfig(
         env_id=env_id,
@@ -117,7 +117,7 @@ PRESETS: dict[str, TrainConfig] = {
         ),
         optimizer=OptimizerSettings(lr=1e-3, schedule="linear"),
     ),
-    **{env_id: _mujoco(env_id) for env_id in MUJOCO},
+    **{env_id: mujoco(env_id) for env_id in MUJOCO},
     # What the tutorial of Hands-on Reinforcement Learning (boyu-ai, chapter 12) trains with: rollouts as long as one
     # episode, a single batch, learning rates of 1e-3 and 1e-2 (Pendulum: 1e-4 and 5e-3) for policy and value function,
     # 500 and 2,000 episodes' worth of steps. Here values regress on λ-returns that bootstrap at the time limit, where

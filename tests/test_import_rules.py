@@ -112,6 +112,7 @@ CONTROL_RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
     "settings": (set(), set(), LIGHT),
     "config": (set(), {"settings"}, LIGHT),
     "presets": (set(), {"config", "settings"}, LIGHT),
+    "variants": (set(), set(), set()),
     "spaces": ({"torch", "numpy"}, set(), ERRORS),
     "networks": ({"torch"}, {"settings"}, set()),
     "normalizers": ({"torch"}, set(), {"core"}),
@@ -135,11 +136,19 @@ CONTROL_RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
     ),
     "video": ({"gymnasium"}, PLAYING | {"config", "evaluate"}, ERRORS | {"seeding"}),
     "export": ({"torch"}, {"policy", "spaces"}, ERRORS),
-    "plot": ({"matplotlib", "numpy"}, set(), ERRORS | {"run"}),
+    "plot": ({"matplotlib", "numpy", "scipy"}, set(), ERRORS | {"run", "statistics"}),
     "compare": ({"numpy"}, {"config", "envs", "plot", "ppo", "presets"}, ERRORS | {"run"}),
+    "experiment": (
+        {"numpy"},
+        {"config", "envs", "evaluate", "ppo", "variants"},
+        ERRORS | {"run", "seeding", "statistics"},
+    ),
+    "table1": ({"numpy"}, {"config", "experiment", "plot", "presets", "variants"}, {"run", "statistics"}),
+    "ablations": (set(), {"config", "experiment", "plot", "presets", "variants"}, {"run", "statistics"}),
     "cli": (
         {"jsonargparse", "yaml"},
-        {"compare", "config", "evaluate", "export", "plot", "policy", "ppo", "presets", "video"},
+        {"compare", "config", "evaluate", "export", "plot", "policy", "ppo", "presets", "video"}
+        | {"ablations", "table1", "variants"},
         LIGHT | {"arguments", "run"},
     ),
 }
@@ -275,7 +284,7 @@ def test_the_core_switches_no_gradient_off():
 # ---------------------------------------------------------------------------------------------------- start-up
 
 HEAVY = ("torch", "transformers", "numpy", "datasets", "accelerate", "matplotlib", "bokeh", "gymnasium", "sqlalchemy")
-HEAVY += ("uvicorn",)
+HEAVY += ("scipy", "uvicorn")
 HELP = f"""
 import contextlib, importlib, io, sys
 program, *words = sys.argv[1:]
@@ -292,7 +301,7 @@ COMMANDS = {
         *("demo", "sft", "reward", "ppo", "pipeline", "inspect-data", "doctor", "report", "label", "preferences"),
         *("export", "compare", "study"),
     ],
-    "classic": ["train", "evaluate", "plot", "compare", "video", "export"],
+    "classic": ["train", "evaluate", "plot", "compare", "table1", "ablations", "video", "export"],
 }
 
 

@@ -4,6 +4,7 @@ from ppo_rlhf.run.checkpoints import LoopState, write_text
 from ppo_rlhf.run.folder import (
     SAMPLES_KEPT,
     Run,
+    flat,
     is_finished,
     matmul_precision_of,
     new_folder,
@@ -29,6 +30,7 @@ __all__ = [
     "Start",
     "begin",
     "end_processes",
+    "flat",
     "gathered",
     "is_finished",
     "is_main_process",

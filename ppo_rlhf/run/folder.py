@@ -116,13 +116,21 @@ def refuse_changes(
     """
     if may_change is None:
         may_change = HOW_OFTEN if is_finished(folder) else HOW_OFTEN | HOW_LONG
-    before = _flat(old)
-    for name, value in _flat(_plain(new)).items():
+    before = flat(old)
+    for name, value in flat(_plain(new)).items():
         if before.get(name, value) != value and name.split(".")[0] not in may_change:
             raise UserError(
                 f"{folder} was started with {prefix}{name}={before[name]!r}, not {value!r}: a resumed run keeps what "
                 "it trains. Give another --output-dir for another run."
             )
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their dotted names."""
+    named: dict[str, Any] = {}
+    for name, value in settings.items():
+        named.update(flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
+    return named
 
 
 def matmul_precision_of(folder: Path, configured: str, device: torch.device) -> str:
@@ -324,13 +332,6 @@ class Run:
             path = self.folder / name
             with told_if_unwritable(path), path.open("a", encoding="utf-8") as file:
                 file.writelines(strict_json(row) + "\n" for row in rows)
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
-    return flat
 
 
 def _plain(value: Any) -> Any:

@@ -71,7 +71,7 @@ def test_an_algorithm_runs_with_its_own_preset_where_it_has_one():
 
 def test_a_result_is_summed_up_over_its_seeds():
     numbers = Result("Some-v0", "clip", (1.0, 2.0, 6.0)).numbers()
-    half = 4.303 * np.sqrt(7 / 3)
+    half = 4.302653 * np.sqrt(7 / 3)
     assert numbers["mean"] == 3
     assert numbers["interval"] == pytest.approx([3 - half, 3 + half])
     assert (numbers["median"], numbers["min"], numbers["max"]) == (2, 1, 6)
