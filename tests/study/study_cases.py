@@ -4,6 +4,7 @@ import pytest
 
 from ppo_rlhf import cli
 from ppo_rlhf.run import is_finished
+from ppo_rlhf.toy import corpus
 
 
 @pytest.fixture
@@ -18,6 +19,7 @@ def in_process(monkeypatch):
                 assert job.command[1:3] == ("-m", "ppo_rlhf")
                 assert cli.main([*job.command[3:], "--output-dir", str(job.folder), "--resume"]) == 0
 
+    monkeypatch.setattr(corpus, "NUM_DEMONSTRATIONS", 600)  # to write twelve thousand takes seconds
     monkeypatch.setattr(cli, "_write_report", lambda folders: None)
     for module in ("overoptimization.study", "ablations"):
         monkeypatch.setattr(f"ppo_rlhf.study.{module}.run_grid", run_grid)

@@ -109,7 +109,13 @@ def fit(curve: Curve) -> Fit:
     residual = golds - form(distances, alpha, beta)
     r_squared = 1 - (residual**2).sum() / ((golds - golds.mean()) ** 2).sum()
     return Fit(
-        curve.target, curve.method, *map(float, (alpha, alpha_error, beta, beta_error)), r_squared=float(r_squared)
+        curve.target,
+        curve.method,
+        alpha=float(alpha),
+        alpha_error=float(alpha_error),
+        beta=float(beta),
+        beta_error=float(beta_error),
+        r_squared=float(r_squared),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ppo_rlhf.config import ComparisonConfig, PipelineConfig
 from ppo_rlhf.data import held_out
@@ -20,7 +20,8 @@ TRUNKS = {name: f"{__package__}.trunks:{name}" for name in ("narrow", "middle")}
 HELD_OUT_FRACTION = 0.15  # of the prompts, as in the demo
 REWARD_BATCH = 32  # labels of a reward model's optimizer step, as in the demo
 LABELS_PER_PROMPT = 1.25  # `toy.annotate` has every fourth pair judged twice
-RULES = ("mean", "min", "lower_bound")  # of ensembles, see `rewards.Ensemble`
+Rule = Literal["mean", "min", "lower_bound"]  # of an ensemble, see `rewards.Ensemble`
+RULES: tuple[Rule, ...] = get_args(Rule)
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Target:
     """What is optimised in place of the gold reward: a proxy, or an ensemble of some."""
 
     proxies: tuple[Proxy, ...]
-    rule: str = ""  # of the ensemble; empty: there is one proxy
+    rule: Rule | None = None  # of the ensemble; None: there is one proxy
 
     @property
     def name(self) -> str:
