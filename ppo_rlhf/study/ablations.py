@@ -121,9 +121,9 @@ class Results:
 def run(folder: Path, plan: Plan, *, workers: int) -> Results:
     """Runs what is not finished, `workers` at a time, and writes results.json, README.md and the page's data.
 
-    Raises UserError for a folder in which another grid was begun.
+    Raises UserError for a folder in which another grid was begun; more seeds may join it.
     """
-    begin(folder, plan)
+    begin(folder, plan, may_change=["num_seeds"])
     run_grid(shared_jobs(folder, plan), workers=workers, title="supervised policies and reward models")
     run_grid(variant_jobs(folder, plan), workers=workers, title="variants")
     results = measured(folder, plan)

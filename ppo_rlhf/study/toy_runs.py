@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,14 @@ def demo_job(folder: Path, changes: Changes) -> Job:
     return Job(folder.name, _command("demo", {**common, **changes}), folder)
 
 
-def begin(folder: Path, plan: Any) -> None:
+def begin(folder: Path, plan: Any, *, may_change: Sequence[str] = ()) -> None:
     """Makes the study's folder, with its plan as config.yaml; or takes it up, if it was begun with the same one.
 
-    Raises UserError where it was begun with another.
+    may_change: fields in which the plan may differ. Raises UserError where another one differs.
     """
     begun = read_config(folder)
     if begun is not None:
-        refuse_changes(folder, begun, asdict(plan), may_change=set())
+        refuse_changes(folder, begun, asdict(plan), may_change=set(may_change))
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder, plan)
 
