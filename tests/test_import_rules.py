@@ -88,7 +88,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "pipeline": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
     "study": (
         {"torch", "matplotlib", "numpy", "scipy", "transformers", "yaml"},
-        EVERYTHING_BELOW | {"document", "measures", "pipeline", "statistics", "toy", "train"},
+        EVERYTHING_BELOW | {"document", "measures", "pipeline", "records", "statistics", "toy", "train"},
     ),
     "document": (set(), ERRORS),
     "records": ({"yaml"}, ERRORS),

@@ -18,10 +18,11 @@ from torch import nn
 
 from ppo_rlhf.document import Chart, Document, Section, Series, Table
 from ppo_rlhf.models import load_policy, save_value_head
+from ppo_rlhf.records import record_of
 from ppo_rlhf.run.grid import Job, run_grid
 from ppo_rlhf.seeding import keyed_generator
 from ppo_rlhf.statistics import Estimate, estimate, interquartile_mean
-from ppo_rlhf.study.toy_runs import Changes, begin, demo_job, outcome_of, stage_job, write_findings
+from ppo_rlhf.study.toy_runs import Changes, begin, demo_job, stage_job, write_findings
 
 RANDOM_HEAD = "a seed's random value head"  # stands for the folder that holds it
 
@@ -180,11 +181,11 @@ def write_random_head(shared: Path, seed: int) -> str:
 def measured(folder: Path, plan: Plan) -> Results:
     """What the runs' summaries say."""
     seeds = range(plan.num_seeds)
-    demos = [outcome_of(shared_folder(folder, seed) / "ppo") for seed in seeds]
+    demos = [record_of(shared_folder(folder, seed) / "ppo").summary for seed in seeds]
     base = Variant("the demo's settings", "", {})
     outcomes = [outcome(base, demos, demos)]
     for variant in plan.variants:
-        found = [outcome_of(folder / f"seed-{seed}" / variant.folder) for seed in seeds]
+        found = [record_of(folder / f"seed-{seed}" / variant.folder).summary for seed in seeds]
         outcomes.append(outcome(variant, found, demos))
     return Results(outcomes, tuple(demo["gold_score_before"] for demo in demos))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -61,14 +61,9 @@ def write_findings(folder: Path, results: Any, document: Document) -> None:
     write_text(folder / DOCUMENT, strict_json(asdict(document)))
 
 
-def outcome_of(folder: Path) -> dict[str, Any]:
-    """A run's summary.json."""
-    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-
-
-def metrics_of(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """A JSON object a line."""
+    write_text(path, "".join(strict_json(row) + "\n" for row in rows))
 
 
 def _command(name: str, options: Changes) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from study_cases import in_process
 from tiny_runs import in_tmp_path, jsonl, strict, write_rows
 
 from ppo_rlhf import cli
+from ppo_rlhf.records import read_lines
 from ppo_rlhf.study.overoptimization import Plan
 from ppo_rlhf.study.overoptimization.curves import Curve, Point, best_of_n_curve, fit, ppo_curve
 from ppo_rlhf.study.overoptimization.page import ensembles_lose_less, grows_with, penalty_stops_early, turns_over
@@ -84,6 +85,7 @@ def test_a_run_s_curve_is_measured_from_its_first_evaluation(tmp_path):
     ]
     later = [row | {"eval/score_std": 9.0, "eval/gold_score_std": 9.0} for row in later]
     write_rows(tmp_path / "metrics.jsonl", [start, *later])
+    (tmp_path / "config.yaml").write_text("kl_coef: 0.1")
     found = ppo_curve("x", 0.1, tmp_path)
     assert found.points == (Point(0, 0, 0, 0), Point(2, 0, 0.5, 0), Point(4, 3, 2, -2))
 
@@ -147,7 +149,7 @@ def test_the_whole_study_in_small_writes_its_files_and_goes_on_where_it_ended(tm
     told = strict(capsys.readouterr().out.splitlines()[-1])
     folder = tmp_path / "study"
     assert len(in_process) == 1 + 2 + 5  # a policy; two members; PPO: one proxy with and without penalty, three rules
-    assert [len(jsonl(folder / f"labels-{name}.jsonl")) for name in ("60", "held-out")] == [60, 20]
+    assert [len(read_lines(folder / f"labels-{name}.jsonl")) for name in ("60", "held-out")] == [60, 20]
     samples = jsonl(folder / "best_of_n.jsonl")
     assert len(samples) == 4
     assert set(samples[0]["scores"]) == {"gold", "narrow-60", *(f"narrow-60-{rule}" for rule in RULES)}

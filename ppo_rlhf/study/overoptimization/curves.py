@@ -14,7 +14,7 @@ from scipy.special import xlogy
 from torch import Tensor
 
 from ppo_rlhf.measures import best_of_n, best_of_n_kl
-from ppo_rlhf.study.toy_runs import metrics_of
+from ppo_rlhf.records import record_of
 
 Method = Literal["best of n", "PPO"]
 
@@ -138,7 +138,7 @@ def best_of_n_curve(target: str, scores: Tensor, gold: Tensor) -> Curve:
 
 def ppo_curve(target: str, kl_coef: float, folder: Path) -> Curve:
     """A run's evaluations on held-out prompts, the first of which is the supervised policy's."""
-    rows = [row for row in metrics_of(folder) if "eval/kl" in row]
+    rows = [row for row in record_of(folder).rows if "eval/kl" in row]
 
     def normalised(name: str) -> list[float]:
         mean, std = rows[0][f"eval/{name}"], rows[0][f"eval/{name}_std"]

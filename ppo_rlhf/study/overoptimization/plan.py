@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -10,10 +9,10 @@ from typing import Any, Literal, get_args
 from ppo_rlhf.config import ComparisonConfig, PipelineConfig
 from ppo_rlhf.data import held_out
 from ppo_rlhf.pipeline import compare
+from ppo_rlhf.records import read_lines
 from ppo_rlhf.reward_settings import RewardPart, RewardSource
-from ppo_rlhf.run import write_text
 from ppo_rlhf.run.grid import Job
-from ppo_rlhf.study.toy_runs import stage_job
+from ppo_rlhf.study.toy_runs import stage_job, write_rows
 from ppo_rlhf.toy import prompts
 
 TRUNKS = {name: f"{__package__}.trunks:{name}" for name in ("narrow", "middle")} | {"wide": "ppo_rlhf.toy:policy"}
@@ -140,7 +139,7 @@ def write_prompts(folder: Path, plan: Plan) -> None:
         held_out(prompts(), HELD_OUT_FRACTION, plan.seed, setting="HELD_OUT_FRACTION"),
         strict=True,
     ):
-        write_text(folder / f"{name}.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+        write_rows(folder / f"{name}.jsonl", rows)
 
 
 def sft_jobs(folder: Path, plan: Plan) -> list[Job]:
@@ -162,10 +161,10 @@ def write_labels(folder: Path, plan: Plan) -> None:
     )
     source = folder / plan.sizes[-1]
     compare(PipelineConfig(seed=plan.seed, comparisons=comparisons), source)
-    lines = (source / "comparisons.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = read_lines(source / "comparisons.jsonl")
     for count in plan.label_counts:
-        write_text(folder / f"labels-{count}.jsonl", "".join(lines[:count]))
-    write_text(folder / "labels-held-out.jsonl", "".join(lines[-plan.num_eval_labels :]))
+        write_rows(folder / f"labels-{count}.jsonl", rows[:count])
+    write_rows(folder / "labels-held-out.jsonl", rows[-plan.num_eval_labels :])
 
 
 def reward_jobs(folder: Path, plan: Plan) -> list[Job]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -11,12 +10,13 @@ from torch import Tensor
 from ppo_rlhf.data import load_rows
 from ppo_rlhf.models import context_length, load_policy
 from ppo_rlhf.prompts import Prompts
+from ppo_rlhf.records import read_lines
 from ppo_rlhf.rewards import load_reward
-from ppo_rlhf.run import strict_json, write_text
 from ppo_rlhf.run.progress import StepProgress
 from ppo_rlhf.seeding import uniform_rows
 from ppo_rlhf.settings import SamplingSettings
 from ppo_rlhf.study.overoptimization.plan import Plan
+from ppo_rlhf.study.toy_runs import write_rows
 from ppo_rlhf.toy import gold
 from ppo_rlhf.train.measured import measure
 
@@ -34,7 +34,7 @@ def write_samples(folder: Path, plan: Plan) -> None:
     longest = context_length(policy) - SAMPLING.max_new_tokens
     prompts = Prompts(rows[: plan.num_best_of_prompts], tokenizer, longest=longest, setting="held_out")
     progress = StepProgress("best of n", len(prompts), enabled=True)
-    lines = []
+    found = []
     for number, text in enumerate(prompts.texts):
         places = range(number * plan.num_best_of, (number + 1) * plan.num_best_of)
         measured = measure(
@@ -49,13 +49,13 @@ def write_samples(folder: Path, plan: Plan) -> None:
             must_be_finite=True,
         )
         scores = {name: each.total.tolist() for name, each in measured.scores.items()}
-        lines.append(strict_json({"prompt": text, "scores": scores}) + "\n")
+        found.append({"prompt": text, "scores": scores})
         progress.show(number + 1, {})
     progress.close()
-    write_text(target, "".join(lines))
+    write_rows(target, found)
 
 
 def read_samples(folder: Path) -> dict[str, Tensor]:
     """Scores (prompts, responses) by target, and by gold."""
-    rows = [json.loads(line)["scores"] for line in (folder / "best_of_n.jsonl").read_text().splitlines()]
+    rows = [row["scores"] for row in read_lines(folder / "best_of_n.jsonl")]
     return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in rows[0]}

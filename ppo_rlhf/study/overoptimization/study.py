@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ppo_rlhf.records import record_of
 from ppo_rlhf.run.grid import run_grid
 from ppo_rlhf.study.claims import Claim
 from ppo_rlhf.study.overoptimization.curves import best_of_n_curve, ppo_curve
 from ppo_rlhf.study.overoptimization.page import Results, document_of, results_of
 from ppo_rlhf.study.overoptimization.plan import Plan, ppo_jobs, reward_jobs, sft_jobs, write_labels, write_prompts
 from ppo_rlhf.study.overoptimization.samples import read_samples, write_samples
-from ppo_rlhf.study.toy_runs import begin, outcome_of, write_findings
+from ppo_rlhf.study.toy_runs import begin, write_findings
 
 
 def run(folder: Path, plan: Plan, *, workers: int) -> list[Claim]:
@@ -36,7 +37,7 @@ def measured(folder: Path, plan: Plan) -> Results:
     curves = [best_of_n_curve(target.name, scores[target.name], scores["gold"]) for target in plan.targets]
     curves += [ppo_curve(each.target.name, each.kl_coef, folder / each.folder) for each in plan.attempts]
     accuracies = {
-        target.name: outcome_of(folder / target.proxies[0].folder)["label_accuracy"]
+        target.name: record_of(folder / target.proxies[0].folder).summary["label_accuracy"]
         for target in plan.targets
         if not target.rule
     }
