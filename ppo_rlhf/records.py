@@ -39,7 +39,7 @@ class Record:
     @property
     def pictures(self) -> list[dict[str, Any]]:
         """Of policy_pictures.jsonl, which a control run has where its state can be drawn."""
-        return _lines(self.folder / "policy_pictures.jsonl")
+        return read_lines(self.folder / "policy_pictures.jsonl")
 
     @property
     def step(self) -> int:
@@ -86,8 +86,8 @@ def record_of(folder: Path) -> Record:
         folder=folder,
         stage=environment.get("stage", ""),
         config=config if isinstance(config, dict) else {},
-        rows=[row for row in _lines(folder / "metrics.jsonl") if "step" in row],
-        samples=_lines(folder / "samples.jsonl"),
+        rows=[row for row in read_lines(folder / "metrics.jsonl") if "step" in row],
+        samples=read_lines(folder / "samples.jsonl"),
         summary=summary,
         environment=environment,
     )
@@ -101,7 +101,7 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects in a file of lines; the last one may still be being written."""
     rows = []
     # Not splitlines, which also breaks at U+2028 and its like, which stand in JSON as they are.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from ppo_rlhf.cli.evaluate import add_evaluate, evaluate
 from ppo_rlhf.cli.inspect_data import add_inspect_data, inspect_data
 from ppo_rlhf.cli.outcome import Outcome
 from ppo_rlhf.cli.people import add_compare, add_label, add_preferences, compare, label, preferences
+from ppo_rlhf.cli.studies import add_study, study
 from ppo_rlhf.config import PipelineConfig, PPOConfig, RewardConfig, SFTConfig
 from ppo_rlhf.evaluation_settings import EvaluationSettings
 
@@ -56,12 +56,6 @@ def _add_export(parser: ArgumentParser) -> None:
     parser.add_argument("--private", action="store_true", help="where that makes a new repository")
 
 
-def _add_study(parser: ArgumentParser) -> None:
-    parser.add_argument("name", choices=["kl-estimators"], help="which one")
-    parser.add_argument("--output_dir", type=str, help="folder for its tables and pictures")
-    parser.add_argument("--seed", type=int, default=0)
-
-
 TOY_CONFIG = Path(__file__).parents[1] / "toy" / "pipeline.yaml"
 COMMANDS = {
     "demo": Command(
@@ -89,7 +83,9 @@ COMMANDS = {
     ),
     "export": Command("A model to use elsewhere: adapters merged, also to the Hub.", add_arguments=_add_export),
     "compare": Command("Two runs against each other, judged blind by people.", add_arguments=add_compare),
-    "study": Command("An experiment: what the estimators of KL are worth.", add_arguments=_add_study),
+    "study": Command(
+        "Experiments: estimators of KL, overoptimisation, what each detail is worth.", add_arguments=add_study
+    ),
 }
 COMMAND_LINE = CommandLine("ppo-rlhf", "PPO for language models: supervised fine-tuning, reward model, PPO.", COMMANDS)
 
@@ -236,24 +232,11 @@ def _export(given: Namespace) -> Outcome:
     return summary, lines
 
 
-def _study(given: Namespace) -> Outcome:
-    """Runs a study; → its claims, and where its tables and pictures are."""
-    from ppo_rlhf.run import new_folder
-    from ppo_rlhf.study import kl_estimators
-
-    folder = new_folder(given.output_dir, f"study-{given.name}", resume=False)
-    results = kl_estimators.run(given.seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [str(path) for path in kl_estimators.write(results, folder)]
-    lines = [*kl_estimators.lines_of(results), f"wrote {', '.join(files)}"]
-    return {"claims": [asdict(claim) for claim in results.claims], "files": files}, lines
-
-
 OTHERS = {
     "report": _report,
     "export": _export,
     "label": label,
     "preferences": preferences,
     "compare": compare,
-    "study": _study,
+    "study": study,
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,50 +12,11 @@ from bokeh.plotting import figure
 from bokeh.resources import Resources
 from markupsafe import Markup
 
+from ppo_rlhf.document import Chart, Series
+
 COLOURS = ("#4c7df0", "#d9722b", "#2a9d76", "#b65fc4", "#d9534f", "#1496b5", "#9a7d0a", "#7a7f8c")
 """At least 3:1 against the page's white and against its black."""
-ROWS = 12  # of the table beside a chart
 GREY = "#8a8a94"
-
-
-@dataclass(frozen=True)
-class Series:
-    """One line, path or cloud of points."""
-
-    name: str  # what the legend calls it; series of one name share a colour
-    x: Sequence[float]
-    y: Sequence[float]  # NaN leaves a gap
-    low: Sequence[float] = ()  # of a band around the line; empty: none
-    high: Sequence[float] = ()
-    style: Literal["line", "dots", "path"] = "line"  # path: points joined in their order
-    notes: Sequence[str] = ()  # what the pointer is told of each point beside its numbers
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One chart."""
-
-    title: str
-    series: tuple[Series, ...]
-    x_label: str = "step"
-    y_label: str = ""
-    height: int = 220  # pixels; its width is the page's choice
-
-    @property
-    def summary(self) -> str:
-        """What the picture shows, in words: first, last, lowest and highest value of each series."""
-        return " ".join(filter(None, map(_told, self.series)))
-
-    @property
-    def table(self) -> list[tuple[str, str, list[tuple[str, str]]]]:
-        """The numbers, at most a dozen points of each series, evenly spaced: (name, style, [(x, y)])."""
-        tables: list[tuple[str, str, list[tuple[str, str]]]] = []
-        for series in self.series:
-            points = _points(series)
-            kept = sorted({round(i * (len(points) - 1) / (ROWS - 1)) for i in range(ROWS)}) if points else []
-            cells = [(f"{x:.4g}", f"{y:.4g}") for x, y in (points[i] for i in kept)]
-            tables.append((series.name, series.style, cells))
-        return tables
 
 
 @dataclass(frozen=True)
@@ -148,17 +108,3 @@ def _style(drawn: Any) -> None:
         axis.axis_label_text_font_style = "normal"
         axis.axis_label_text_font_size = axis.major_label_text_font_size = "12px"
         axis.axis_label_text_font = axis.major_label_text_font = "system-ui, sans-serif"
-
-
-def _points(series: Series) -> list[tuple[float, float]]:
-    return [(x, y) for x, y in zip(series.x, series.y, strict=True) if math.isfinite(y)]
-
-
-def _told(series: Series) -> str:
-    points = _points(series)
-    if not points:
-        return ""
-    (first_x, first), (last_x, last) = points[0], points[-1]
-    values = [y for _, y in points]
-    span = f"from {first:.3g} (at {first_x:.4g}) to {last:.3g} (at {last_x:.4g})"
-    return f"{series.name}: {span}; lowest {min(values):.3g}, highest {max(values):.3g}."

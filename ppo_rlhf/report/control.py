@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from ppo_rlhf.document import Chart, Series
 from ppo_rlhf.records import Record
-from ppo_rlhf.report.charts import Chart, Series
 from ppo_rlhf.report.curves import POINTS, spread
 from ppo_rlhf.report.groups import Group
 from ppo_rlhf.report.outcome import means_of, shown_number

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from ppo_rlhf.document import Chart, Series
 from ppo_rlhf.records import Record
-from ppo_rlhf.report.charts import Chart, Series
 from ppo_rlhf.report.groups import Group
 
 POINTS = 400  # of a line: more than a screen has room for

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, select_autoescape
 from markupsafe import Markup
 
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.records import Record, records_of
 from ppo_rlhf.report import charts, control, curves, groups, outcome
 from ppo_rlhf.report.guide import GUIDE
+from ppo_rlhf.report.html import rendered, write_page
 from ppo_rlhf.report.inspector import inspected
 
-HERE = Path(__file__).parent
 STAGE_NAMES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO"}
 
 
@@ -34,15 +32,7 @@ def write_report(
     records = [record for folder in folders for record in records_of(folder)]
     if not any(record.rows for record in records):
         raise UserError(f"{folders[0]} holds no run: it has no metrics.jsonl.")
-    target = output or folders[0] / "report.html"
-    page = _page(records, findings)
-    partial = target.with_name(f"{target.name}.partial")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, target)
-    except OSError as error:
-        raise UserError(f"{target} cannot be written: {error.strerror}.") from error
-    return target
+    return write_page(_page(records, findings), output or folders[0] / "report.html")
 
 
 def _page(records: Sequence[Record], findings: Sequence[Mapping[str, Any]] | None) -> str:
@@ -57,13 +47,8 @@ def _page(records: Sequence[Record], findings: Sequence[Mapping[str, Any]] | Non
     places = iter(drawn.places)
     frontier, *by_stage = [[(chart, next(places)) for chart in each] for each in pictures]
     shown = groups.names_of(records)
-    environment = Environment(
-        loader=FileSystemLoader([HERE / "templates", HERE / "static"]),
-        autoescape=select_autoescape(),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html").render(
+    return rendered(
+        "page.html",
         title=" · ".join(dict.fromkeys(group.stage if group.control else group.name for group in found)),
         outcomes=[(group, _sentence(group)) for group in latest_first],
         tiles=outcome.tiles_of(latest_first[0]) if len(stages[-1][1]) == 1 else [],  # else they are in the table

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ppo_rlhf.core import approx_kl, exact_kl
+from ppo_rlhf.study.claims import Claim
 
 Estimator = Literal["k1", "k2", "k3"]
 ESTIMATORS: tuple[Estimator, ...] = ("k1", "k2", "k3")
@@ -51,15 +52,6 @@ class Optimum:
     best_kl: float
     gradient_at_best: float  # norm of the expected gradient at the best policy: 0 where that is the optimum
     lowest_ratio: float  # p/q of the token that was driven down most
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A sentence about the estimators, and whether these numbers bear it out."""
-
-    text: str
-    holds: bool
-    evidence: str
 
 
 @dataclass(frozen=True)
@@ -275,8 +267,3 @@ def picture_of(results: Results) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False)
     return figure
-
-
-def lines_of(results: Results) -> list[str]:
-    """The claims with their evidence, for a terminal."""
-    return [f"{'✓' if claim.holds else '✗'} {claim.text}\n    {claim.evidence}" for claim in results.claims]

@@ -16,9 +16,9 @@ import ppo_rlhf
 from ppo_rlhf import report
 from ppo_rlhf.cli import main
 from ppo_rlhf.core import approx_kl, gae, kl_shaped_rewards
+from ppo_rlhf.document import Chart, Series
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.records import record_of, records_of
-from ppo_rlhf.report.charts import Chart, Series
 from ppo_rlhf.report.curves import curve_charts, frontier_charts, spread
 from ppo_rlhf.report.groups import differences, groups_of
 from ppo_rlhf.report.guide import GUIDE

@@ -1,5 +1,5 @@
 "use strict";
-// The token inspector, and the legend of the charts. Text is set as text, never as HTML.
+// The token inspector. Text is set as text, never as HTML.
 
 const RUNS = JSON.parse(document.getElementById("inspected").textContent);
 const $ = (id) => document.getElementById(id);
@@ -344,17 +344,5 @@ function begin() {
   });
   draw();
 }
-
-// The legend shows and hides a run in all charts.
-document.querySelector(".legend")?.addEventListener("change", ({ target }) => {
-  for (const chart of window.Bokeh.documents) {
-    for (const model of chart.all_models) if (model.name === target.value) model.visible = target.checked;
-  }
-});
-
-// Bokeh takes the colours of axes from the style sheet when it draws, so it draws again when light turns dark.
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
-  for (const view of window.Bokeh.index.roots) view.rerender();
-});
 
 begin();

@@ -1,0 +1,94 @@
+"""The study of PPO's details: what is changed, seed by seed, and the whole of it in small."""
+
+import pytest
+import yaml
+from refusals import refusal
+from study_cases import in_process
+from tiny_runs import in_tmp_path, strict
+
+from ppo_rlhf import cli
+from ppo_rlhf.config import PPOConfig
+from ppo_rlhf.models import load_value_head
+from ppo_rlhf.study.ablations import VARIANTS, outcome
+from ppo_rlhf.study.toy_runs import PIPELINE
+
+__all__ = ["in_process", "in_tmp_path"]
+
+
+def summaries(golds, kls):
+    return [{"gold_score_after": gold, "kl": kl} for gold, kl in zip(golds, kls, strict=True)]
+
+
+def test_a_variant_is_compared_seed_by_seed_with_the_demo_s_settings():
+    """Of five seeds the interquartile mean leaves out the least and the greatest."""
+    base = summaries([0.0, 1.0, 2.0, 3.0, 4.0], [5.0] * 5)
+    found = outcome(VARIANTS[0], summaries([0.5, 1.5, 2.5, 3.5, 4.5], [1.0, 2.0, 3.0, 4.0, 50.0]), base)
+    assert found.gold == (0.5, 1.5, 2.5, 3.5, 4.5)
+    assert found.gold_estimate.value == 2.5
+    # seeds differ by more than the change does, which is the same for each of them
+    assert (found.gold_difference.value, found.gold_difference.low, found.gold_difference.high) == (0.5, 0.5, 0.5)
+    assert found.gold_estimate.high - found.gold_estimate.low > 1
+    assert found.kl_estimate.value == 3.0
+    assert found.kl_difference.value == -2.0
+
+
+def test_every_change_is_a_setting_that_the_demo_has_otherwise():
+    demo = yaml.safe_load(PIPELINE.read_text())["ppo"]
+    for variant in VARIANTS:
+        for name, value in variant.settings.items():
+            settings, default = demo, PPOConfig()
+            for part in name.split("."):
+                settings, default = (settings or {}).get(part), getattr(default, part)
+            assert value != (default if settings is None else settings), name
+    assert len({variant.folder for variant in VARIANTS}) == len(VARIANTS)
+
+
+def test_the_whole_study_in_small_shares_the_models_of_a_seed(tmp_path, in_process, capsys):
+    command = ["study", "ablations", "--quick", "--num-seeds", "1", "--output-dir", "study", "--json"]
+    assert cli.main(command) == 0
+    told = strict(capsys.readouterr().out.splitlines()[-1])
+    seed = tmp_path / "study" / "seed-0"
+    assert len(in_process) == 1 + 3
+    assert [each["change"] for each in told["outcomes"]] == ["", "N(0, 1/√(d+1)), not 0", "1, not 2", "4, not 2"]
+    for number, folder in enumerate(["value_head-random", "ppo.num_epochs-1", "ppo.num_epochs-4"], start=1):
+        config = yaml.safe_load((seed / folder / "config.yaml").read_text())
+        assert config["policy"].endswith("seed-0/demo/sft/policy")
+        assert config["kl_coef"] == 0.15  # the demo's, where nothing else is said
+        summary = strict((seed / folder / "summary.json").read_text())
+        assert told["outcomes"][number]["gold"] == [summary["gold_score_after"]]
+        # the same policy, prompts and noise
+        assert told["gold_before"] == [pytest.approx(summary["gold_score_before"])]
+    weight, bias = load_value_head(str(seed / "random-head"))
+    assert 0.5 / 193**0.5 < float(weight.std()) < 2 / 193**0.5
+    assert not bias.any()
+    assert (tmp_path / "study" / "report.html").exists()
+    assert "| value head at the start | N(0, 1/√(d+1)), not 0 |" in (tmp_path / "study" / "README.md").read_text()
+
+    in_process.clear()
+    assert cli.main([*command, "--resume"]) == 0
+    assert in_process == []
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["ablation"], "Did you mean ablations?"),
+        (["kl-estimators", "--quick"], "study kl-estimators has no option --quick"),
+        (["kl-estimators", "--workers", "2"], "study kl-estimators has no option --workers"),
+        (["ablations", "--seed", "1"], "study ablations has no option --seed"),
+        (["overoptimization", "--num-seeds", "3"], "study overoptimization has no option --num-seeds"),
+        (["ablations", "--num-seeds", "0"], "--num-seeds 0 must be at least 1"),
+        (["overoptimization", "--workers", "0"], "--workers 0 must be at least 1"),
+        (["overoptimization", "--seed", "-1"], "--seed -1 must lie between 0 and 2**31 - 1"),
+        (["overoptimization", "--resume"], "--resume needs --output-dir"),
+        (["ablations", "--output-dir", "begun"], "begun holds a run already"),
+        (["ablations", "--output-dir", "begun", "--resume"], "begun was started with num_steps=7, not 20"),
+        (["overoptimization", "--output-dir", "user.py/study"], "user.py is a file, not a folder"),
+    ],
+)
+def test_a_mistake_is_refused_before_anything_is_run(words, told, tmp_path, in_process, capfd):
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.yaml").write_text("num_steps: 7\n")
+    assert told in refusal(cli.main, ["study", *words], capfd)
+    assert in_process == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["begun", "user.py"]
