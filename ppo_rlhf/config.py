@@ -11,6 +11,7 @@ from typing import Literal
 
 from ppo_rlhf.reward_settings import RewardSource, ScoreShaping
 from ppo_rlhf.settings import (
+    Extension,
     LoRASettings,
     OptimizerSettings,
     PPOSettings,
@@ -279,6 +280,9 @@ class PPOConfig(RunConfig):
     """PPO-ptx."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     """How responses are sampled."""
+    sampler: str | Extension | None = None
+    """What samples the rollouts: module:function called as `ppo_rlhf.sampling.sample`, or the URL of a vLLM server;
+    null: that function, which samples the held-out responses in any case. See docs/extending.md."""
     ppo: PPOSettings = field(default_factory=PPOSettings)
     """The update."""
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=1e-5, schedule="linear"))

@@ -15,7 +15,7 @@ LONGEST_PAUSE = 30.0  # seconds
 
 
 class HTTPClient:
-    """POST of JSON, with retries. A mistake or a server that stays ill is one line, which names it."""
+    """GET, and POST of JSON, with retries. A mistake or a server that stays ill is one line, which names it."""
 
     def __init__(
         self, name: str, *, timeout: float, retries: int, pause: float, headers: Mapping[str, str] | None = None
@@ -34,12 +34,12 @@ class HTTPClient:
         self.retries, self.pause = retries, pause
         self.client = httpx2.Client(timeout=timeout, headers=headers)
 
-    def post(self, url: str, asked: dict[str, Any], *, wanted: str) -> httpx2.Response:
-        """The answer to one request. wanted: what it is about, for the UserError where there is none."""
+    def ask(self, url: str, asked: dict[str, Any] | None = None, *, wanted: str) -> httpx2.Response:
+        """The answer to what is posted; without that to a GET. wanted: what the UserError says is missing."""
         pause = self.pause
         for attempt in range(self.retries + 1):
             try:
-                answer = self.client.post(url, json=asked)
+                answer = self.client.get(url) if asked is None else self.client.post(url, json=asked)
                 if answer.is_success:
                     return answer
                 problem = f"status {answer.status_code}: {beginning_of(answer)}"

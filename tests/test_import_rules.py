@@ -37,6 +37,7 @@ EVERYTHING_BELOW = LANGUAGE | {
     "sampling",
     "seeding",
     "update",
+    "vllm_sampler",
 }
 
 # module → (the libraries, our modules) that it may import besides the standard library and itself
@@ -65,6 +66,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "kv_cache": ({"torch", "transformers"}, set()),
     "forwards": ({"torch", "transformers"}, LANGUAGE),
     "sampling": ({"torch", "transformers"}, LANGUAGE | {"forwards", "kv_cache", "prompts"}),
+    "vllm_sampler": ({"httpx2", "torch", "transformers"}, LANGUAGE | {"http_client", "prompts", "run", "sampling"}),
     "reward_settings": (set(), LIGHT),
     "http_client": ({"httpx2"}, ERRORS),
     "rewards": ({"httpx2", "jsonschema", "torch", "transformers"}, LANGUAGE | {"http_client", "reward_settings"}),

@@ -54,7 +54,7 @@ class HTTPReward:
                 "responses": responses[rows],
                 "columns": {name: values[rows] for name, values in columns.items()},
             }
-            return self._scores(self.client.post(self.url, asked, wanted="scores"), len(asked["responses"]))
+            return self._scores(self.client.ask(self.url, asked, wanted="scores"), len(asked["responses"]))
 
         with ThreadPoolExecutor(self.concurrency) as threads:
             batches = list(threads.map(scores_from, range(0, len(responses), self.batch_size)))

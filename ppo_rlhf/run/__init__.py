@@ -15,6 +15,7 @@ from ppo_rlhf.run.folder import (
 from ppo_rlhf.run.processes import (
     end_processes,
     gathered,
+    in_main_process,
     is_main_process,
     make_accelerator,
     share_of,
@@ -30,6 +31,7 @@ __all__ = [
     "begin",
     "end_processes",
     "gathered",
+    "in_main_process",
     "is_finished",
     "is_main_process",
     "make_accelerator",

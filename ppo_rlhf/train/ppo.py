@@ -34,11 +34,12 @@ from ppo_rlhf.prompts import PromptBatch
 from ppo_rlhf.rewards import RewardFunction, Scores, reference_moments, with_batch
 from ppo_rlhf.rollout import Rollout, evaluate
 from ppo_rlhf.run import LoopState, Run, begin, share_of, whole_weights
-from ppo_rlhf.sampling import Responses, sample, warn_of_truncation
+from ppo_rlhf.sampling import Responses, Sampler, warn_of_truncation
 from ppo_rlhf.seeding import keyed_generator, uniform_rows
 from ppo_rlhf.train import Callback
 from ppo_rlhf.train.averaging import averaged, moving_average
 from ppo_rlhf.train.bad_samples import bad_samples
+from ppo_rlhf.train.extensions import check_responses, load_extensions
 from ppo_rlhf.train.ppo_batch import Batch, Scoring, prompts_of, restored_batch, scoring_thread, with_batch_ahead
 from ppo_rlhf.train.ppo_credit import response_gae, token_rewards
 from ppo_rlhf.train.ppo_evaluation import evaluate_held_out, summary_of
@@ -64,12 +65,13 @@ def train(
     reward: RewardFunction | None = None,
     gold: RewardFunction | None = None,
     prompts: Iterable[dict[str, Any]] | None = None,
+    sampler: Sampler | None = None,
     callbacks: Iterable[Callback] = (),
 ) -> dict[str, Any]:
     """Tunes the policy to the reward, held near the reference by a per-token KL penalty; → the run's summary.
 
-    policy with tokenizer, reference, reward, gold, prompts (rows): objects that take the place of the configuration's
-    names. callbacks: called after each step with its number and metrics.
+    policy with tokenizer, reference, reward, gold, prompts (rows), sampler: objects that take the place of the
+    configuration's names. callbacks: called after each step with its number and metrics.
 
     Raises UserError for what is wrong with the configuration, the data, or what the reward function returns.
     """
@@ -79,7 +81,8 @@ def train(
     warn_of_truncation(config.sampling)
     accelerator = start.accelerator
     compute = set_up_products(start.matmul_precision, accelerator.device, multiplied_type(accelerator))
-    parts = load_parts(config, accelerator, policy, tokenizer, reference, reward, gold, prompts)
+    extensions = load_extensions(config, sampler=sampler)
+    parts = load_parts(config, accelerator, extensions, policy, tokenizer, reference, reward, gold, prompts)
     # Before the folder is made: a reward function that fails leaves nothing behind.
     start_state = LoopState(kl_coef=config.kl_coef)
     before = None if config.resume else evaluate_held_out(parts, config, accelerator, start_state)
@@ -138,7 +141,7 @@ def collect(
     scoring = Scoring(prompts, parts, worker if early or config.sample_ahead else None)
     with accelerator.autocast():
         with whole_weights(model):
-            responses = sample(
+            responses = parts.extensions.sampler(
                 parts.model.language_model,
                 parts.tokenizer,
                 prompts,
@@ -147,7 +150,8 @@ def collect(
                 on_finished=scoring.add if early else None,
                 group_size=config.overlap_scoring,
             )
-        if not early:
+        check_responses(responses, len(prompts))
+        if not scoring.groups:
             scoring.add(range(len(prompts)), responses)
         clock.lap("sample")
 

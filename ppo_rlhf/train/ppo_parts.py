@@ -33,6 +33,7 @@ from ppo_rlhf.prompts import Prompts
 from ppo_rlhf.references import is_reference
 from ppo_rlhf.rewards import RewardFunction, RewardModel, load_reward, models_in
 from ppo_rlhf.sampling import stop_ids_of
+from ppo_rlhf.train.extensions import Extensions
 from ppo_rlhf.train.inputs import named, policy_with_tokenizer
 from ppo_rlhf.train.pretraining import load_texts
 
@@ -50,6 +51,7 @@ class Parts:
     eval_prompts: Prompts
     micro_batch: MicroBatch  # of all passes whose memory grows with the rows
     texts: Sequence[Example]  # of PPO-ptx
+    extensions: Extensions
 
     def rows_of(self, step: int, config: PPOConfig) -> list[int]:
         """The prompts of a step's rollout, each as often as it gets responses, in a row."""
@@ -73,6 +75,7 @@ class Parts:
 def load_parts(
     config: PPOConfig,
     accelerator: Accelerator,
+    extensions: Extensions,
     policy: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase | None,
     reference: PreTrainedModel | None,
@@ -140,6 +143,7 @@ def load_parts(
         eval_prompts=eval_prompts,
         micro_batch=MicroBatch(config.ppo.micro_batch_size, accelerator, setting="ppo.micro_batch_size"),
         texts=texts,
+        extensions=extensions,
     )
 
 
