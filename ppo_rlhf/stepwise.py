@@ -113,6 +113,7 @@ class PPO:
             self._micro_batch,
             config,
             self.accelerator,
+            self._extensions,
         )
         metrics = (
             rollout_metrics(rollout, experience, given, None, rewards, said, config, self.accelerator) | statistics

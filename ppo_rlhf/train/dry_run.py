@@ -7,7 +7,6 @@ from typing import Any
 from ppo_rlhf.config import PPOConfig
 from ppo_rlhf.run import make_accelerator
 from ppo_rlhf.seeding import uniform_rows
-from ppo_rlhf.train.extensions import load_extensions
 from ppo_rlhf.train.ppo_parts import load_parts
 from ppo_rlhf.train.scoring import scores_of
 
@@ -20,7 +19,7 @@ def dry_run(config: PPOConfig) -> list[dict[str, Any]]:
     Raises UserError for whatever would keep the run from starting.
     """
     accelerator = make_accelerator(None, precision=config.precision, log_with=())
-    parts = load_parts(config, accelerator, load_extensions(config), *[None] * 6)
+    parts = load_parts(config, accelerator, *[None] * 6)
     rows = [row for step in range(NUM_SAMPLES) for row in parts.rows_of(step, config)][:NUM_SAMPLES]
     prompts = parts.prompts.batch(rows, accelerator.device)
     noise = uniform_rows(list(range(NUM_SAMPLES)), config.sampling.max_new_tokens, config.seed, "sample", 0)

@@ -20,7 +20,7 @@ from ppo_rlhf.run import SAMPLES_KEPT, LoopState, gathered, share_of, whole_weig
 from ppo_rlhf.sampling import sample
 from ppo_rlhf.seeding import uniform_rows
 from ppo_rlhf.train.averaging import averaged
-from ppo_rlhf.train.ppo_credit import response_gae, token_rewards
+from ppo_rlhf.train.ppo_credit import response_gae
 from ppo_rlhf.train.ppo_parts import Parts
 from ppo_rlhf.train.ppo_records import token_numbers
 from ppo_rlhf.train.scoring import scores_of
@@ -123,7 +123,7 @@ def _evaluate_batch(
         )
     kept = sum(number < SAMPLES_KEPT for number in numbers)  # what samples.jsonl shows, token by token
     if kept:
-        rewards = token_rewards(
+        rewards = parts.extensions.reward_shaping(
             scores,
             log_ratio,
             responses.mask,

@@ -33,7 +33,7 @@ from ppo_rlhf.prompts import Prompts
 from ppo_rlhf.references import is_reference
 from ppo_rlhf.rewards import RewardFunction, RewardModel, load_reward, models_in
 from ppo_rlhf.sampling import stop_ids_of
-from ppo_rlhf.train.extensions import Extensions
+from ppo_rlhf.train.extensions import Extensions, load_extensions
 from ppo_rlhf.train.inputs import named, policy_with_tokenizer
 from ppo_rlhf.train.pretraining import load_texts
 
@@ -75,13 +75,13 @@ class Parts:
 def load_parts(
     config: PPOConfig,
     accelerator: Accelerator,
-    extensions: Extensions,
     policy: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase | None,
     reference: PreTrainedModel | None,
     reward: RewardFunction | None,
     gold: RewardFunction | None,
     prompts: Iterable[dict[str, Any]] | None,
+    extensions: Extensions | None = None,
 ) -> Parts:
     """Loads and checks all that the configuration names, before anything is written."""
     if config.batch_size % (accelerator.num_processes * config.ppo.num_minibatches):
@@ -105,13 +105,7 @@ def load_parts(
     if reference is None:
         start = policy
         if config.reference is not None:
-            trusted = config.trust_remote_code
-            start, its_tokenizer = load_policy(config.reference, setting="reference", trust_remote_code=trusted)
-            if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-                raise UserError(
-                    f"reference: {config.reference} has another vocabulary than the policy, but KL is measured token "
-                    "by token; give one with the policy's tokenizer."
-                )
+            start = load_reference(config.reference, tokenizer, trust_remote_code=config.trust_remote_code)
         reference = frozen_copy(start)
         loaded.append(reference)
     if reward is None:
@@ -143,8 +137,21 @@ def load_parts(
         eval_prompts=eval_prompts,
         micro_batch=MicroBatch(config.ppo.micro_batch_size, accelerator, setting="ppo.micro_batch_size"),
         texts=texts,
-        extensions=extensions,
+        extensions=extensions or load_extensions(config),
     )
+
+
+def load_reference(
+    source: str, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The policy that KL is measured to. Raises UserError for one of another vocabulary than the tokenizer's."""
+    model, its_tokenizer = load_policy(source, setting="reference", trust_remote_code=trust_remote_code)
+    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"reference: {source} has another vocabulary than the policy, but KL is measured token by token; give one "
+            "with the policy's tokenizer."
+        )
+    return model
 
 
 def ready_policy(policy: PreTrainedModel, config: PPOConfig, accelerator: Accelerator) -> None:
@@ -165,7 +172,7 @@ def policy_with_value(
         value_model=value_model,
         temperature=config.sampling.temperature,
         differentiable_entropy=config.ppo.entropy_coef != 0,
-        with_values=config.advantage == "gae",
+        with_values=config.has_values,
     )
     source = config.value_head or config.policy
     if value_model is None and source is not None and not is_reference(source):

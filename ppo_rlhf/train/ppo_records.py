@@ -94,7 +94,7 @@ def rollout_metrics(
     if responses.logprobs is not None:
         metrics["sampler/logprob_difference"] /= metrics["response/length"]
     metrics["objective/score_std"] = float(score_variance.sqrt())
-    if config.advantage == "gae":
+    if config.has_values:
         explained = explained_variance(experience.values, experience.returns, mask, sum_across=accelerator.reduce)
         metrics["value/explained_variance"] = float(explained)
     return metrics

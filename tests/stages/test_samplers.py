@@ -149,7 +149,7 @@ def test_a_sampler_that_cannot_be_had_is_refused_before_anything_is_written(samp
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("texts", "the sampler returned list; it must return ppo_rlhf.sampling.Responses"),
+        ("texts", "the sampler must return ppo_rlhf.sampling.Responses, not list"),
         ("one", "the sampler returned 1 responses to 8 prompts"),
         ("nothing", "mask must be True from each response's first token through its last"),
     ],
