@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -49,7 +50,7 @@ def samples_of_two(run: str, other: str, *, prompts: str | None, count: int, see
 
 def uncertainty_order(pairs: Mapping[int, Pair], reward_model: str) -> dict[int, float]:
     """Of each pair, how far the reward model puts its best response above the next: the smallest is the least sure."""
-    model = RewardModel.load(reward_model, setting="--reward-model", device=_device())
+    model = RewardModel.load(reward_model, setting="--reward-model", device=device())
     prompts = [_as_read(pair.prompt, model.tokenizer) for pair in pairs.values() for _ in pair.responses]
     scores = iter(model(prompts, [text for pair in pairs.values() for text in pair.responses]).tolist())
     margins = {}
@@ -97,7 +98,7 @@ def sampled(run: str, rows: Rows, *, repeats: int, seed: int, side: int) -> list
     if not source.is_dir():
         raise UserError(f"there is no run in {run}: no such folder.")
     policy, tokenizer = load_policy(str(source), setting=run)
-    policy.to(_device())  # type: ignore[arg-type]
+    policy.to(device())  # type: ignore[arg-type]
     settings = sampling_settings(folder)
     longest = context_length(policy) - settings.max_new_tokens
     prompts = Prompts(rows, tokenizer, longest=longest, setting="--prompts")
@@ -111,10 +112,11 @@ def sampled(run: str, rows: Rows, *, repeats: int, seed: int, side: int) -> list
 
 def sampling_settings(folder: Path) -> SamplingSettings:
     """How the run sampled; a policy without a run, or a stage that does not sample, as the defaults say."""
-    settings = dict((read_config(folder) or {}).get("sampling") or {})
-    settings["stop_token_ids"] = tuple(settings.get("stop_token_ids", ()))
+    settings: dict[str, Any] = dict((read_config(folder) or {}).get("sampling") or {})
+    for name in ("stop_token_ids", "stop_strings"):
+        settings[name] = tuple(settings.get(name, ()))
     return SamplingSettings(**settings)
 
 
-def _device() -> torch.device:
+def device() -> torch.device:
     return torch.accelerator.current_accelerator() or torch.device("cpu")

@@ -7,7 +7,7 @@ any age go together, and a prompt that is sampled many times is read once.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Protocol
@@ -28,7 +28,9 @@ __all__ = [
     "Responses",
     "Sampler",
     "SamplingSettings",
+    "decode",
     "draw",
+    "pieces_of",
     "responses_of",
     "sample",
     "stop_ids_of",
@@ -159,10 +161,16 @@ def stream(
     A character of several tokens comes whole. The generator is PyTorch's global one when none is given.
     """
     noise = torch.rand(1, settings.max_new_tokens, generator=generator)
+    steps = decode(language_model, tokenizer, [tokenizer(prompt)["input_ids"]], settings, noise)
+    return pieces_of(tokenizer, (int(drawn.ids[0, step]) for step, drawn in enumerate(steps)))
+
+
+def pieces_of(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of tokens, piece by piece as they come."""
     ids: list[int] = []
     told, start = "", 0  # the text of ids[start:] that has been told
-    for drawn in decode(language_model, tokenizer, [tokenizer(prompt)["input_ids"]], settings, noise):
-        ids.append(int(drawn.ids[0, len(ids)]))
+    for token in tokens:
+        ids.append(token)
         text = _text(tokenizer, ids[start:])
         if text.endswith("\ufffd") or len(text) <= len(told):  # half a character, or nothing to see
             continue

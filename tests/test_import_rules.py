@@ -77,6 +77,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "export": ({"torch", "transformers", "huggingface_hub"}, LANGUAGE | {"rewards", "run"}),
     "stepwise": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
     "candidates": ({"torch", "transformers"}, EVERYTHING_BELOW),
+    "chat": ({"torch", "transformers"}, EVERYTHING_BELOW | {"candidates", "train"}),
     "inspection": ({"transformers", "rich"}, EVERYTHING_BELOW | {"train"}),
     "pipeline": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
     "study": ({"torch", "matplotlib"}, {"core"}),
@@ -88,7 +89,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "cli": (
         {"jsonargparse", "rich", "yaml"},
         LIGHT
-        | {"arguments", "candidates", "config", "data", "doctor", "label", "pipeline", "preferences", "report"}
+        | {"arguments", "candidates", "chat", "config", "data", "doctor", "label", "pipeline", "preferences", "report"}
         | {"export", "inspection", "run", "study", "train"},
     ),
 }
@@ -278,8 +279,8 @@ assert not loaded, loaded
 """
 COMMANDS = {
     "ppo_rlhf": [
-        *("demo", "sft", "reward", "ppo", "pipeline", "inspect-data", "doctor", "report", "label", "preferences"),
-        *("export", "compare", "study"),
+        *("demo", "sft", "reward", "ppo", "pipeline", "inspect-data", "chat", "doctor", "report"),
+        *("label", "preferences", "export", "compare", "study"),
     ],
     "classic": ["train", "evaluate", "plot", "compare", "video", "export"],
 }

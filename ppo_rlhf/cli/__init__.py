@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 from ppo_rlhf.arguments import Command, CommandLine, run, settings_in
+from ppo_rlhf.cli.chat import add_chat, chat
 from ppo_rlhf.cli.inspect_data import add_inspect_data, inspect_data
 from ppo_rlhf.cli.outcome import Outcome
 from ppo_rlhf.cli.people import add_compare, add_label, add_preferences, compare, label, preferences
@@ -74,6 +75,7 @@ COMMANDS = {
     "inspect-data": Command(
         "What a model will see of its data: tokens, masks, lengths.", add_arguments=add_inspect_data
     ),
+    "chat": Command("Talk with a policy, and see what its answers are worth.", add_arguments=add_chat),
     "doctor": Command(
         "Look for what is wrong with a run; exit code 1 where something was found.", add_arguments=_add_doctor
     ),
@@ -242,6 +244,7 @@ def _study(given: Namespace) -> Outcome:
 
 
 OTHERS = {
+    "chat": chat,
     "report": _report,
     "export": _export,
     "label": label,
