@@ -88,10 +88,12 @@ def _checked_sampler(sampler: Sampler) -> Sampler:
         found = sampler(language_model, tokenizer, prompts, *arguments, **options)
         if not isinstance(found, Responses):
             raise UserError(f"the sampler must return ppo_rlhf.sampling.Responses, not {type(found).__name__}.")
-        if not len(found.ids) == len(found.mask) == len(found.texts) == len(prompts):
+        if not len(found.ids) == len(found.mask) == len(found.finished) == len(found.texts) == len(prompts):
             raise UserError(f"the sampler returned {len(found.ids)} responses to {len(prompts)} prompts.")
         if not found.mask[:, 0].all() or (found.mask[:, 1:] & ~found.mask[:, :-1]).any():
             raise UserError("the sampler's mask must be True from each response's first token through its last.")
+        if found.logprobs is not None:
+            _like(found.mask, found.logprobs, "the sampler's logprobs")
         return found
 
     return checked
@@ -101,7 +103,7 @@ def _checked_shaping(reward_shaping: RewardShaping) -> RewardShaping:
     """The function, whose rewards must be one a token."""
 
     def checked(scores: Any, log_ratio: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        return _like(log_ratio, reward_shaping(scores, log_ratio, *arguments, **options), "reward_shaping")
+        return _like(log_ratio, reward_shaping(scores, log_ratio, *arguments, **options), "rewards of reward_shaping")
 
     return checked
 
@@ -113,13 +115,13 @@ def _checked_advantage(advantage: AdvantageEstimator) -> AdvantageEstimator:
         found = advantage(rewards, *arguments, **options)
         if not isinstance(found, tuple) or len(found) != 2:
             raise UserError(f"advantage must return advantages and returns, not {type(found).__name__}.")
-        return _like(rewards, found[0], "advantage"), _like(rewards, found[1], "advantage")
+        return _like(rewards, found[0], "advantages"), _like(rewards, found[1], "returns of advantage")
 
     return checked
 
 
-def _like(expected: Tensor, found: Any, setting: str) -> Tensor:
+def _like(expected: Tensor, found: Any, name: str) -> Tensor:
     if not isinstance(found, Tensor) or found.shape != expected.shape:
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise UserError(f"{setting} must return tensors of shape {tuple(expected.shape)}, (B, T), not {shape}.")
+        raise UserError(f"{name} must be a tensor of shape {tuple(expected.shape)}, (B, T), not {shape}.")
     return found

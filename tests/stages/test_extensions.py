@@ -96,9 +96,12 @@ def row_by_row(rewards, *arguments, **options):
     ("changes", "message"),
     [
         ({"advantage": one_number}, "advantage must return advantages and returns, not Tensor"),
-        ({"advantage": row_by_row}, r"advantage must return tensors of shape \(8, \d\), \(B, T\), not \(8,\)"),
-        ({"reward_shaping": one_number}, r"reward_shaping must return tensors of shape .*, not \(3,\)"),
-        ({"reward_shaping": lambda *_, **__: [0.0]}, r"reward_shaping must return tensors of shape .*, not list"),
+        ({"advantage": row_by_row}, r"advantages must be a tensor of shape \(8, \d\), \(B, T\), not \(8,\)"),
+        ({"reward_shaping": one_number}, r"rewards of reward_shaping must be a tensor of shape .*, not \(3,\)"),
+        (
+            {"reward_shaping": lambda *_, **__: [0.0]},
+            r"rewards of reward_shaping must be a tensor .*, not list",
+        ),
     ],
     ids=["no pair", "no tokens", "another shape", "no tensor"],
 )

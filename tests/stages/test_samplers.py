@@ -105,6 +105,10 @@ def nothing(*arguments, **options):
     responses = sample(*arguments, **options)
     return replace(responses, mask=responses.mask & False)
 
+def flat(*arguments, **options):
+    responses = sample(*arguments, **options)
+    return replace(responses, logprobs=responses.logprobs.sum(1))
+
 number = 3
 """
 
@@ -151,6 +155,7 @@ def test_a_sampler_that_cannot_be_had_is_refused_before_anything_is_written(samp
     [
         ("texts", "the sampler must return ppo_rlhf.sampling.Responses, not list"),
         ("one", "the sampler returned 1 responses to 8 prompts"),
+        ("flat", r"the sampler's logprobs must be a tensor of shape \(8, \d\), \(B, T\), not \(8,\)"),
         ("nothing", "mask must be True from each response's first token through its last"),
     ],
 )
