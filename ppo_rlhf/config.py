@@ -293,6 +293,8 @@ class PPOConfig(RunConfig):
     """The update."""
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=1e-5, schedule="linear"))
     """AdamW and its learning rate over the rollouts."""
+    value_lr: float | None = None
+    """The highest learning rate of the value head, or of the value model, on the optimizer's schedule; null: its lr."""
     callbacks: tuple[str | Extension, ...] = ()
     """module:function each, called after each step with its number and metrics, in every process."""
 
@@ -309,6 +311,8 @@ class PPOConfig(RunConfig):
             self.kl_horizon >= self.batch_size,
             f"kl_horizon={self.kl_horizon} must be at least the batch_size={self.batch_size} episodes of a step.",
         )
+        rate = self.value_lr
+        require(rate is None or 0 < rate < math.inf, f"value_lr={rate} must be above 0, and finite, or null.")
         decay = self.ema_decay
         require(decay is None or 0 < decay < 1, f"ema_decay={decay} must lie between 0 and 1, or be null.")
         group = self.responses_per_prompt

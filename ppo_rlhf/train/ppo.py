@@ -86,7 +86,9 @@ def train(
     # Before the folder is made: a reward function that fails leaves nothing behind.
     start_state = LoopState(kl_coef=config.kl_coef)
     before = None if config.resume else evaluate_held_out(parts, config, accelerator, start_state)
-    model, optimizer = accelerator.prepare(parts.model, make_optimizer(parts.model, config.optimizer))
+    apart = parts.model.value_parameters()
+    optimizer = make_optimizer(parts.model, config.optimizer, apart=apart, lr_apart=config.value_lr)
+    model, optimizer = accelerator.prepare(parts.model, optimizer)
     with start.run(num_steps=config.num_steps) as run, scoring_thread() as worker:
         state = run.resume()
         if state is None:
@@ -295,7 +297,7 @@ def experience_of(
     *,
     advantage: AdvantageEstimator = response_advantages,
 ) -> Experience:
-    """Rewards ► advantages and returns, whitened over all processes.
+    """Rewards ► advantages and returns, by the estimator.
 
     A response is terminated at its last generated token, whether it stopped or was cut off; with the rule `bootstrap`
     only where it stopped.
