@@ -9,8 +9,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ppo_rlhf.errors import did_you_mean
 from ppo_rlhf.reward_settings import RewardSource, ScoreShaping
 from ppo_rlhf.settings import (
+    Extension,
     LoRASettings,
     OptimizerSettings,
     PPOSettings,
@@ -19,6 +21,8 @@ from ppo_rlhf.settings import (
     TooLong,
     require,
 )
+
+ADVANTAGES = ("gae", "rloo", "grpo")
 
 
 @dataclass(frozen=True)
@@ -215,6 +219,9 @@ class PPOConfig(RunConfig):
     of an HTTP scorer; or several of them, as a list of parts with weights (docs/rewards.md)."""
     score_shaping: ScoreShaping = field(default_factory=ScoreShaping)
     """What becomes of a score before it is paid."""
+    reward_shaping: str | Extension | None = None
+    """What makes a reward for each token of scores and KL: module:function, called as
+    `ppo_rlhf.train.ppo_credit.token_rewards`; null: that function. See docs/extending.md."""
     gold: str | None = None
     """module:function of a true reward, or of a judge: logged, never trained on."""
     prompts: str | None = None
@@ -235,10 +242,10 @@ class PPOConfig(RunConfig):
     """Responses of one rollout, over all processes."""
     responses_per_prompt: int = 1
     """Responses of a rollout to each of its prompts; must divide batch_size."""
-    advantage: Literal["gae", "rloo", "grpo"] = "gae"
+    advantage: Literal["gae", "rloo", "grpo"] | str | Extension = "gae"
     """gae: generalised advantage estimation, with a value function. rloo, grpo: a response's rewards against those of
     the other responses to its prompt, without one: less their mean (Ahmadian et al., 2024), or normalised (Shao et al.,
-    2024)."""
+    2024). Or module:function, called as `ppo_rlhf.train.ppo_credit.response_advantages` (docs/extending.md)."""
     value_model: Literal["shared", "separate"] = "shared"
     """Of gae. shared: a head on the policy's trunk. separate: a model that starts from the reward model where `reward`
     names just that, else from the policy."""
@@ -279,10 +286,17 @@ class PPOConfig(RunConfig):
     """PPO-ptx."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     """How responses are sampled."""
+    sampler: str | Extension | None = None
+    """What samples the rollouts: module:function called as `ppo_rlhf.sampling.sample`, or the URL of a vLLM server;
+    null: that function, which samples the held-out responses in any case. See docs/extending.md."""
     ppo: PPOSettings = field(default_factory=PPOSettings)
     """The update."""
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=1e-5, schedule="linear"))
     """AdamW and its learning rate over the rollouts."""
+    value_lr: float | None = None
+    """The highest learning rate of the value head, or of the value model, on the optimizer's schedule; null: its lr."""
+    callbacks: tuple[str | Extension, ...] = ()
+    """module:function each, called after each step with its number and metrics, in every process."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -297,12 +311,20 @@ class PPOConfig(RunConfig):
             self.kl_horizon >= self.batch_size,
             f"kl_horizon={self.kl_horizon} must be at least the batch_size={self.batch_size} episodes of a step.",
         )
+        rate = self.value_lr
+        require(rate is None or 0 < rate < math.inf, f"value_lr={rate} must be above 0, and finite, or null.")
         decay = self.ema_decay
         require(decay is None or 0 < decay < 1, f"ema_decay={decay} must lie between 0 and 1, or be null.")
         group = self.responses_per_prompt
         rest = self.batch_size % group
         require(rest == 0, f"batch_size={self.batch_size} does not divide into responses_per_prompt={group}.")
-        if self.advantage != "gae":
+        advantage = self.advantage
+        require(
+            isinstance(advantage, Extension) or advantage in ADVANTAGES or ":" in advantage,
+            f"advantage={advantage} is neither {', '.join(ADVANTAGES)} nor module:function."
+            f"{did_you_mean(str(advantage), ADVANTAGES)}",
+        )
+        if not self.has_values:
             require(group > 1, f"advantage={self.advantage} needs responses_per_prompt of 2 or more, not {group}.")
             for name, value in (("value_model", self.value_model), ("missing_eos.rule", self.missing_eos.rule)):
                 require(
@@ -316,6 +338,11 @@ class PPOConfig(RunConfig):
             rest == 0,
             f"batch_size={self.batch_size} does not divide into ppo.num_minibatches={self.ppo.num_minibatches}.",
         )
+
+    @property
+    def has_values(self) -> bool:
+        """Whether there is a value function: RLOO and GRPO compare responses with each other instead."""
+        return self.advantage not in ("rloo", "grpo")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,21 +15,23 @@ __all__ = ["OptimizerSettings", "learning_rate", "make_optimizer", "optimizer_by
 
 
 SMALLEST_IN_8_BITS = 4096  # elements of a parameter; bitsandbytes keeps the moments of smaller ones in float32
+LR_SCALE = "lr_scale"  # of a parameter group: its learning rate in units of the others'
 BLOCK = 256  # 8-bit moments that share a scale
 
 
-def make_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
+def make_optimizer(
+    module: nn.Module, settings: OptimizerSettings, *, apart: Iterable[nn.Parameter] = (), lr_apart: float | None = None
+) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters; weight decay on matrices and embeddings, not on norms and biases.
 
     Norms and biases are told by their shape, one dimension, not by their names, which differ between architectures.
+    apart: parameters with another highest learning rate, lr_apart; the schedule is one for all.
     """
+    others = set() if lr_apart is None else set(apart)
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    decayed = [p for p in trainable if p.ndim >= 2 and settings.weight_decay]
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2 or not settings.weight_decay], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = _groups([p for p in trainable if p not in others], settings)
+    for group in _groups([p for p in trainable if p in others], settings):
+        groups.append({**group, LR_SCALE: (lr_apart or settings.lr) / settings.lr})
     rates: dict[str, Any] = {
         "lr": settings.lr,
         "betas": (settings.beta1, settings.beta2),
@@ -39,6 +42,16 @@ def make_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.opti
     from bitsandbytes import optim
 
     return (optim.AdamW8bit if settings.moments == "8bit" else optim.PagedAdamW32bit)(groups, **rates)
+
+
+def _groups(parameters: list[nn.Parameter], settings: OptimizerSettings) -> list[dict[str, Any]]:
+    """Those with weight decay and those without, where there are some."""
+    decayed = [p for p in parameters if p.ndim >= 2 and settings.weight_decay]
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2 or not settings.weight_decay], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def optimizer_bytes(module: nn.Module, settings: OptimizerSettings) -> int:
@@ -67,6 +80,6 @@ def learning_rate(settings: OptimizerSettings, step: int, num_steps: int) -> flo
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Gives every parameter group the learning rate."""
+    """Gives every parameter group the learning rate, those apart their multiple of it."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get(LR_SCALE, 1.0)

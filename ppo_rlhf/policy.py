@@ -96,6 +96,11 @@ class PolicyWithValue(nn.Module):
         if self.value_model is not None:
             self.value_model.trunk.activation_checkpointing_enable()
 
+    def value_parameters(self) -> list[nn.Parameter]:
+        """The weights of the value function alone: of its head, or of its own model."""
+        own = self.value_model if self.value_model is not None else self.value_head
+        return [] if own is None else list(own.parameters())
+
     @property
     def evaluates_in_turn(self) -> bool:
         """Whether decisions and values come from models apart, so that `only` one of them can be asked for."""

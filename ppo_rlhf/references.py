@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,33 @@ def load_object(reference: str) -> Any:
     if not hasattr(module, name):
         raise UserError(f"{reference}: {location} has no {name}.{did_you_mean(name, vars(module))}")
     return getattr(module, name)
+
+
+def load_callable(reference: str, arguments: Mapping[str, Any], *, setting: str) -> Any:
+    """The function that `reference` names, with these keyword arguments bound to it; a class is made with them.
+
+    Raises UserError for what cannot be called, and for an argument that it does not name.
+    """
+    function = load_object(reference)
+    if not callable(function):
+        raise UserError(f"{setting}: {reference} is not a function, but {type(function).__name__}.")
+    check_arguments(function, arguments, reference, setting=setting)
+    if isinstance(function, type):
+        return function(**arguments)
+    if not arguments:
+        return function
+    return functools.wraps(function)(functools.partial(function, **arguments))
+
+
+def check_arguments(function: Any, arguments: Mapping[str, Any], reference: str, *, setting: str) -> None:
+    """Raises UserError for an argument that the function does not name: among **columns it would go unseen."""
+    if not arguments:
+        return
+    parameters = inspect.signature(function).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD]
+    for name in arguments:
+        if name not in known:
+            raise UserError(f"{setting}: {reference} names no argument {name!r}.{did_you_mean(name, known)}")
 
 
 def call(reference: str, *arguments: Any, **named: Any) -> Any:

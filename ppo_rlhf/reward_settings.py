@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ppo_rlhf.settings import require
-
-Argument = str | bool | int | float | list | dict | None  # text first: a pattern such as "[a-z]" is no list
+from ppo_rlhf.settings import Argument, require
 
 
 @dataclass(frozen=True)

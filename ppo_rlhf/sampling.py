@@ -7,9 +7,10 @@ any age go together, and a prompt that is sampled many times is read once.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,11 +20,24 @@ from ppo_rlhf.core import top_k_filter, top_p_filter
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.forwards import Forward, forward_of, has_windows
 from ppo_rlhf.kv_cache import ColumnCache
-from ppo_rlhf.models import context_length, evaluating, takes_position_ids
+from ppo_rlhf.models import context_length, evaluating, right_padded, takes_position_ids
 from ppo_rlhf.prompts import PromptBatch
 from ppo_rlhf.settings import SamplingSettings
 
-__all__ = ["Responses", "SamplingSettings", "draw", "sample", "stop_ids_of", "stream", "texts_of", "warn_of_truncation"]
+__all__ = [
+    "Responses",
+    "Sampler",
+    "SamplingSettings",
+    "decode",
+    "draw",
+    "pieces_of",
+    "responses_of",
+    "sample",
+    "stop_ids_of",
+    "stream",
+    "texts_of",
+    "warn_of_truncation",
+]
 
 ADMISSION_SHARE = 0.25  # prompts enter when so many rows are free: reading several costs little more than reading one
 SPARE_COLUMNS = 64  # steps between two moves of the whole cache, where prompts wait
@@ -39,7 +53,32 @@ class Responses:
     mask: Tensor  # (B, T) bool, True through the stop token
     finished: Tensor  # (B,) bool: stopped by itself, not cut off
     texts: list[str]  # [B]
-    logprobs: Tensor  # (B, T) float32 at the settings' temperature, without top-k and top-p; 0 where the mask is False
+    # (B, T) float32 at the settings' temperature, without top-k and top-p; 0 where the mask is False. None: not told
+    logprobs: Tensor | None = None
+
+
+FinishedRows = Callable[[list[int], Responses], None]
+
+
+class Sampler(Protocol):
+    """Whatever responds to prompts; `sample` is the one that runs use by default.
+
+    It is given the policy as it is now, and a line of uniform numbers for each row, from which all that is random
+    should follow. on_finished, which it may leave alone, is for rewards that score meanwhile (`overlap_scoring`). Its
+    log-probabilities are compared with the policy's own and never trained on.
+    """
+
+    def __call__(
+        self,
+        language_model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: PromptBatch,
+        settings: SamplingSettings,
+        noise: Tensor,
+        *,
+        on_finished: FinishedRows | None = None,
+        group_size: int = 1,
+    ) -> Responses: ...
 
 
 def sample(
@@ -49,7 +88,7 @@ def sample(
     settings: SamplingSettings,
     noise: Tensor,
     *,
-    on_finished: Callable[[list[int], Responses], None] | None = None,
+    on_finished: FinishedRows | None = None,
     group_size: int = 1,
 ) -> Responses:
     """Samples one response for each prompt.
@@ -88,6 +127,23 @@ def _responses(drawn: Drawn, rows: Sequence[int], tokenizer: PreTrainedTokenizer
     return Responses(ids, mask, drawn.finished[places], texts_of(ids, mask, tokenizer), drawn.logprobs[places, :width])
 
 
+def responses_of(
+    lines: Sequence[Sequence[int]],
+    finished: Sequence[bool],
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    *,
+    logprobs: Sequence[Sequence[float]] | None = None,
+) -> Responses:
+    """Responses of token ids, those of a stop token too. finished: stopped by themselves, not cut off."""
+    ids, mask = right_padded(lines, device)
+    told = None
+    if logprobs is not None:
+        numbers = torch.tensor([number for line in logprobs for number in line], device=device)
+        told = torch.zeros(mask.shape, device=device).masked_scatter(mask, numbers)
+    return Responses(ids, mask, torch.tensor(finished, device=device), texts_of(ids, mask, tokenizer), told)
+
+
 def texts_of(ids: Tensor, mask: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Responses as texts, without special tokens: ids, mask (B, T) → [B]."""
     return [_text(tokenizer, line[kept].tolist()) for line, kept in zip(ids, mask, strict=True)]
@@ -105,10 +161,16 @@ def stream(
     A character of several tokens comes whole. The generator is PyTorch's global one when none is given.
     """
     noise = torch.rand(1, settings.max_new_tokens, generator=generator)
+    steps = decode(language_model, tokenizer, [tokenizer(prompt)["input_ids"]], settings, noise)
+    return pieces_of(tokenizer, (int(drawn.ids[0, step]) for step, drawn in enumerate(steps)))
+
+
+def pieces_of(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of tokens, piece by piece as they come."""
     ids: list[int] = []
     told, start = "", 0  # the text of ids[start:] that has been told
-    for drawn in decode(language_model, tokenizer, [tokenizer(prompt)["input_ids"]], settings, noise):
-        ids.append(int(drawn.ids[0, len(ids)]))
+    for token in tokens:
+        ids.append(token)
         text = _text(tokenizer, ids[start:])
         if text.endswith("\ufffd") or len(text) <= len(told):  # half a character, or nothing to see
             continue

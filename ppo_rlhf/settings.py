@@ -5,13 +5,14 @@ Each field's default names its source. `ppo_rlhf.update`, `ppo_rlhf.sampling` an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from math import inf, isfinite
 from typing import Literal
 
 from ppo_rlhf.errors import UserError
 
+Argument = str | bool | int | float | list | dict | None  # text first: a pattern such as "[a-z]" is no list
 Ties = Literal["drop", "both", "half"]  # what two responses of equal rank teach: nothing, both orders, each by half
 TooLong = Literal["refuse", "drop", "left", "right"]  # what becomes of a text of too many tokens; a side is cut off
 
@@ -20,6 +21,16 @@ def require(condition: bool, message: str) -> None:
     """Raises UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+@dataclass(frozen=True)
+class Extension:
+    """A function of one's own in place of a run's (read by `ppo_rlhf.train.extensions`)."""
+
+    name: str
+    """module:function or file.py:function; a class is made first, and called then."""
+    arguments: dict[str, Argument] = field(default_factory=dict)
+    """Its keyword arguments; a class gets them when it is made."""
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ from ppo_rlhf.prompts import PromptBatch
 from ppo_rlhf.rewards import Scores
 from ppo_rlhf.rollout import Rollout
 from ppo_rlhf.run import LoopState, make_accelerator, whole_weights
-from ppo_rlhf.sampling import Responses, sample, stop_ids_of
+from ppo_rlhf.sampling import Responses, responses_of, stop_ids_of
 from ppo_rlhf.seeding import uniform_rows
+from ppo_rlhf.train.extensions import load_extensions
 from ppo_rlhf.train.inputs import policy_with_tokenizer
 from ppo_rlhf.train.ppo import evaluate_fitting, improve, next_kl_coef
 from ppo_rlhf.train.ppo_parts import policy_with_value, ready_policy
@@ -64,9 +65,11 @@ class PPO:
         ready_policy(policy, config, self.accelerator)
         self.reference = frozen_copy(policy) if reference is None else reference.to(self.accelerator.device)
         self.policy = policy_with_value(config, policy, None, self.accelerator)
-        optimizer = make_optimizer(self.policy, config.optimizer)
+        apart = self.policy.value_parameters()
+        optimizer = make_optimizer(self.policy, config.optimizer, apart=apart, lr_apart=config.value_lr)
         self._model, self._optimizer = self.accelerator.prepare(self.policy, optimizer)
         self._micro_batch = MicroBatch(config.ppo.micro_batch_size, self.accelerator, setting="ppo.micro_batch_size")
+        self._extensions = load_extensions(config)
         self.state = LoopState(kl_coef=config.kl_coef)
 
     def generate(self, prompts: Texts) -> Responses:
@@ -75,7 +78,7 @@ class PPO:
         rows = list(range(len(batch)))
         noise = uniform_rows(rows, settings.max_new_tokens, self.config.seed, "sample", self.state.step)
         with self.accelerator.autocast(), whole_weights(self._model):
-            return sample(self.policy.language_model, self.tokenizer, batch, settings, noise)
+            return self._extensions.sampler(self.policy.language_model, self.tokenizer, batch, settings, noise)
 
     def evaluate(self, prompts: Texts, responses: Responses | Sequence[Sequence[int]]) -> Rollout:
         """Log-probabilities under policy and reference, values and entropies of the responses' tokens, each (B, T)."""
@@ -111,6 +114,7 @@ class PPO:
             self._micro_batch,
             config,
             self.accelerator,
+            self._extensions,
         )
         metrics = (
             rollout_metrics(rollout, experience, given, None, rewards, said, config, self.accelerator) | statistics
@@ -145,11 +149,9 @@ class PPO:
         if isinstance(responses, Responses):
             return responses
         encoded = [_plain(line) for line in responses]
-        ids, mask = right_padded(encoded, self.accelerator.device)
         stops = stop_ids_of(self.config.sampling, self.tokenizer)
-        finished = torch.tensor([line[-1] in stops for line in encoded], device=ids.device)
-        texts = [str(self.tokenizer.decode(line, skip_special_tokens=True)) for line in encoded]
-        return Responses(ids, mask, finished, texts, torch.zeros(ids.shape, device=ids.device))
+        finished = [line[-1] in stops for line in encoded]
+        return responses_of(encoded, finished, self.tokenizer, self.accelerator.device)
 
 
 def _plain(ids: Any) -> list[int]:

@@ -38,6 +38,7 @@ EVERYTHING_BELOW = LANGUAGE | {
     "sampling",
     "seeding",
     "update",
+    "vllm_sampler",
 }
 
 # module → (the libraries, our modules) that it may import besides the standard library and itself
@@ -69,8 +70,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "kv_cache": ({"torch", "transformers"}, set()),
     "forwards": ({"torch", "transformers"}, LANGUAGE),
     "sampling": ({"torch", "transformers"}, LANGUAGE | {"forwards", "kv_cache", "prompts"}),
+    "vllm_sampler": ({"httpx2", "torch", "transformers"}, LANGUAGE | {"http_client", "prompts", "run", "sampling"}),
     "reward_settings": (set(), LIGHT),
-    "rewards": ({"httpx2", "jsonschema", "torch", "transformers"}, LANGUAGE | {"reward_settings"}),
+    "http_client": ({"httpx2"}, ERRORS),
+    "rewards": ({"httpx2", "jsonschema", "torch", "transformers"}, LANGUAGE | {"http_client", "reward_settings"}),
     "rollout": ({"torch", "transformers"}, LANGUAGE | {"policy", "prompts", "sampling"}),
     "toy": ({"torch", "transformers", "tokenizers"}, ERRORS | {"core", "rewards"}),
     "train": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW),
@@ -79,6 +82,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "stepwise": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
     "saved_runs": (set(), EVERYTHING_BELOW),
     "candidates": ({"transformers"}, EVERYTHING_BELOW | {"saved_runs"}),
+    "chat": ({"torch", "transformers"}, EVERYTHING_BELOW | {"saved_runs", "train"}),
     "evaluation_settings": (set(), LIGHT | {"reward_settings"}),
     "evaluate": (
         {"torch", "transformers", "safetensors", "scipy", "numpy", "rich"},
@@ -99,7 +103,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "cli": (
         {"jsonargparse", "rich", "yaml"},
         LIGHT
-        | {"arguments", "candidates", "config", "data", "doctor", "label", "pipeline", "preferences", "report"}
+        | {"arguments", "candidates", "chat", "config", "data", "doctor", "label", "pipeline", "preferences", "report"}
         | {"evaluate", "evaluation_settings", "export", "inspection", "run", "study", "train"},
     ),
 }
@@ -298,7 +302,7 @@ assert not loaded, loaded
 """
 COMMANDS = {
     "ppo_rlhf": [
-        *("demo", "sft", "reward", "ppo", "pipeline", "evaluate", "inspect-data", "doctor", "report", "label"),
+        *("demo", "sft", "reward", "ppo", "pipeline", "evaluate", "inspect-data", "chat", "doctor", "report", "label"),
         *("preferences", "export", "compare", "study"),
     ],
     "classic": ["train", "evaluate", "plot", "compare", "table1", "ablations", "video", "export"],

@@ -885,3 +885,13 @@ def test_set_learning_rate_reaches_every_group():
     assert len(optimizer.param_groups) == 2
     set_learning_rate(optimizer, 0.125)
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
+
+
+def test_parameters_apart_keep_their_multiple_of_the_learning_rate():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    settings = OptimizerSettings(lr=0.1, weight_decay=0.1)
+    optimizer = make_optimizer(module, settings, apart=module[1].parameters(), lr_apart=0.4)
+    set_learning_rate(optimizer, 0.05)
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert [rates[id(parameter)] for parameter in module.parameters()] == pytest.approx([0.05, 0.05, 0.2, 0.2])
+    assert optimizer.param_groups[0]["lr"] == 0.05  # what metrics call lr

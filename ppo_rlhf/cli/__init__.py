@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 from ppo_rlhf.arguments import Command, CommandLine, run, settings_in
+from ppo_rlhf.cli.chat import add_chat, chat
 from ppo_rlhf.cli.evaluate import add_evaluate, evaluate
 from ppo_rlhf.cli.inspect_data import add_inspect_data, inspect_data
 from ppo_rlhf.cli.outcome import Outcome
@@ -73,6 +74,7 @@ COMMANDS = {
     "inspect-data": Command(
         "What a model will see of its data: tokens, masks, lengths.", add_arguments=add_inspect_data
     ),
+    "chat": Command("Talk with a policy, and see what its answers are worth.", add_arguments=add_chat),
     "doctor": Command(
         "Look for what is wrong with a run; exit code 1 where something was found.", add_arguments=_add_doctor
     ),
@@ -233,6 +235,7 @@ def _export(given: Namespace) -> Outcome:
 
 
 OTHERS = {
+    "chat": chat,
     "report": _report,
     "export": _export,
     "label": label,

@@ -112,6 +112,13 @@ def dropout(record: Record) -> str | None:
     )
 
 
+def other_sampler(record: Record) -> str | None:
+    values = record.series("sampler/logprob_difference")[-5:]
+    if not values or fmean(values) <= ROUNDED:
+        return None
+    return f"the sampler's log-probabilities differ from the policy's by {fmean(values):.2g} nats a token"
+
+
 def masked_stop_token(record: Record) -> str | None:
     if record.setting("sampling.stop_token_ids"):
         return None  # a stop token that is shown as text cannot be told from any other
@@ -290,6 +297,16 @@ CHECKS = (
         "acts in its forward pass, or something moved its weights in between.",
         "Turn dropout off; leave the policy alone in reward functions and callbacks; compare at precision=no.",
         first_ratio,
+    ),
+    Check(
+        "sampler is not the policy",
+        PPO,
+        f"Above {ROUNDED} nats a token over the last five steps (the run's own sampler: 5e-7 in float32, 3e-3 in bf16)."
+        " Trained on are the policy's own log-probabilities in any case.",
+        "A server samples from other weights than the policy's, or at another temperature, or tells log-probabilities "
+        "from before the temperature.",
+        "See that the server gets the weights of each step; start vLLM with --logprobs-mode processed_logprobs.",
+        other_sampler,
     ),
     Check(
         "dropout left on",

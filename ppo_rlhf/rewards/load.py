@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from ppo_rlhf.errors import UserError, did_you_mean
-from ppo_rlhf.references import is_reference, load_object
+from ppo_rlhf.references import check_arguments, is_reference, load_callable
 from ppo_rlhf.reward_settings import RewardPart, RewardSource
 from ppo_rlhf.rewards.combinations import Ensemble, Weighted, WeightedSum
 from ppo_rlhf.rewards.functions import RewardFunction, name_of
@@ -39,28 +36,9 @@ def _load_part(part: RewardPart, *, setting: str, device: torch.device | str) ->
 
 def _load_one(source: str, arguments: Mapping[str, Any], *, setting: str, device: torch.device | str) -> RewardFunction:
     if source.startswith(("http://", "https://")):
-        _check_arguments(HTTPReward, arguments, source, setting)
+        check_arguments(HTTPReward, arguments, source, setting=setting)
         return HTTPReward(source, **arguments)
     if not is_reference(source):
-        _check_arguments(RewardModel, arguments, source, setting)
+        check_arguments(RewardModel, arguments, source, setting=setting)
         return RewardModel.load(source, setting=setting, device=device, **arguments)
-    function = load_object(source)
-    if not callable(function):
-        raise UserError(f"{setting}: {source} is not a function, but {type(function).__name__}.")
-    _check_arguments(function, arguments, source, setting)
-    if isinstance(function, type):
-        return function(**arguments)
-    if not arguments:
-        return function
-    return functools.wraps(function)(functools.partial(function, **arguments))
-
-
-def _check_arguments(function: Any, arguments: Mapping[str, Any], source: str, setting: str) -> None:
-    """Raises UserError for an argument that the function does not name: among **columns it would go unseen."""
-    if not arguments:
-        return
-    parameters = inspect.signature(function).parameters.values()
-    known = [parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD]
-    for name in arguments:
-        if name not in known:
-            raise UserError(f"{setting}: {source} names no argument {name!r}.{did_you_mean(name, known)}")
+    return load_callable(source, arguments, setting=setting)

@@ -16,6 +16,7 @@ from ppo_rlhf.run.folder import (
 from ppo_rlhf.run.processes import (
     end_processes,
     gathered,
+    in_main_process,
     is_main_process,
     make_accelerator,
     share_of,
@@ -35,6 +36,7 @@ __all__ = [
     "end_processes",
     "flat",
     "gathered",
+    "in_main_process",
     "is_finished",
     "is_main_process",
     "is_whole",

@@ -35,7 +35,8 @@ from ppo_rlhf.run.lock import lock
 from ppo_rlhf.run.progress import StepProgress
 from ppo_rlhf.run.stopping import StopRequest
 
-# What a resumed run may change, for it changes nothing that is trained; and how long it trains, until it is finished.
+# What a resumed run may change, for it changes nothing that is trained, or tells where a server is now; and how long it
+# trains, until it is finished.
 HOW_OFTEN = {
     "output_dir",
     "resume",
@@ -45,6 +46,8 @@ HOW_OFTEN = {
     "log_with",
     "max_skips",
     "pictures",
+    "callbacks",
+    "sampler",
 }
 HOW_LONG = {"num_steps", "num_epochs"}
 GROWING = ("metrics.jsonl", "samples.jsonl", "bad_samples.jsonl", "policy_pictures.jsonl")  # a step in each line

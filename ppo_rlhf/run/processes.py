@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -103,6 +103,13 @@ def end_processes() -> None:
 def is_main_process() -> bool:
     """Whether this process is the one that writes and prints."""
     return PartialState().is_main_process
+
+
+def in_main_process(work: Callable[[], None]) -> None:
+    """Does something once, in one process, while the others wait."""
+    if is_main_process():
+        work()
+    PartialState().wait_for_everyone()
 
 
 def share_of(total: int, accelerator: Accelerator) -> slice:

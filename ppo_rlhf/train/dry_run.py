@@ -6,7 +6,6 @@ from typing import Any
 
 from ppo_rlhf.config import PPOConfig
 from ppo_rlhf.run import make_accelerator
-from ppo_rlhf.sampling import sample
 from ppo_rlhf.seeding import uniform_rows
 from ppo_rlhf.train.ppo_parts import load_parts
 from ppo_rlhf.train.scoring import scores_of
@@ -25,7 +24,8 @@ def dry_run(config: PPOConfig) -> list[dict[str, Any]]:
     prompts = parts.prompts.batch(rows, accelerator.device)
     noise = uniform_rows(list(range(NUM_SAMPLES)), config.sampling.max_new_tokens, config.seed, "sample", 0)
     with accelerator.autocast():
-        responses = sample(parts.model.language_model, parts.tokenizer, prompts, config.sampling, noise)
+        sampler = parts.extensions.sampler
+        responses = sampler(parts.model.language_model, parts.tokenizer, prompts, config.sampling, noise)
     columns = parts.prompts.columns_of(rows)
     found = {
         name: scores_of(reward, prompts.texts, responses, columns, parts.tokenizer, must_be_finite=True)

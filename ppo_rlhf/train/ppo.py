@@ -22,10 +22,7 @@ from ppo_rlhf.core import (
     Experience,
     adapt_kl_coef_proportional,
     approx_kl,
-    group_normalized,
-    leave_one_out,
     unit_variance,
-    whiten,
 )
 from ppo_rlhf.micro_batches import MicroBatch
 from ppo_rlhf.models import save_value_head
@@ -34,13 +31,14 @@ from ppo_rlhf.prompts import PromptBatch
 from ppo_rlhf.rewards import RewardFunction, Scores, reference_moments, with_batch
 from ppo_rlhf.rollout import Rollout, evaluate
 from ppo_rlhf.run import LoopState, Run, begin, share_of, whole_weights
-from ppo_rlhf.sampling import Responses, sample, warn_of_truncation
+from ppo_rlhf.sampling import Responses, Sampler, warn_of_truncation
 from ppo_rlhf.seeding import keyed_generator, uniform_rows
 from ppo_rlhf.train import Callback
 from ppo_rlhf.train.averaging import averaged, moving_average
 from ppo_rlhf.train.bad_samples import bad_samples
+from ppo_rlhf.train.extensions import Extensions, load_extensions
 from ppo_rlhf.train.ppo_batch import Batch, Scoring, prompts_of, restored_batch, scoring_thread, with_batch_ahead
-from ppo_rlhf.train.ppo_credit import response_gae, token_rewards
+from ppo_rlhf.train.ppo_credit import AdvantageEstimator, RewardShaping, response_advantages
 from ppo_rlhf.train.ppo_evaluation import evaluate_held_out, summary_of
 from ppo_rlhf.train.ppo_parts import Parts, load_parts
 from ppo_rlhf.train.ppo_records import (
@@ -64,12 +62,16 @@ def train(
     reward: RewardFunction | None = None,
     gold: RewardFunction | None = None,
     prompts: Iterable[dict[str, Any]] | None = None,
+    sampler: Sampler | None = None,
+    reward_shaping: RewardShaping | None = None,
+    advantage: AdvantageEstimator | None = None,
     callbacks: Iterable[Callback] = (),
 ) -> dict[str, Any]:
     """Tunes the policy to the reward, held near the reference by a per-token KL penalty; → the run's summary.
 
-    policy with tokenizer, reference, reward, gold, prompts (rows): objects that take the place of the configuration's
-    names. callbacks: called after each step with its number and metrics.
+    policy with tokenizer, reference, reward, gold, prompts (rows), sampler, reward_shaping, advantage: objects that
+    take the place of the configuration's names. callbacks: called after each step with its number and metrics, before
+    those that the configuration names.
 
     Raises UserError for what is wrong with the configuration, the data, or what the reward function returns.
     """
@@ -79,11 +81,14 @@ def train(
     warn_of_truncation(config.sampling)
     accelerator = start.accelerator
     compute = set_up_products(start.matmul_precision, accelerator.device, multiplied_type(accelerator))
-    parts = load_parts(config, accelerator, policy, tokenizer, reference, reward, gold, prompts)
+    extensions = load_extensions(config, sampler, reward_shaping, advantage, callbacks)
+    parts = load_parts(config, accelerator, policy, tokenizer, reference, reward, gold, prompts, extensions)
     # Before the folder is made: a reward function that fails leaves nothing behind.
     start_state = LoopState(kl_coef=config.kl_coef)
     before = None if config.resume else evaluate_held_out(parts, config, accelerator, start_state)
-    model, optimizer = accelerator.prepare(parts.model, make_optimizer(parts.model, config.optimizer))
+    apart = parts.model.value_parameters()
+    optimizer = make_optimizer(parts.model, config.optimizer, apart=apart, lr_apart=config.value_lr)
+    model, optimizer = accelerator.prepare(parts.model, optimizer)
     with start.run(num_steps=config.num_steps) as run, scoring_thread() as worker:
         state = run.resume()
         if state is None:
@@ -113,7 +118,7 @@ def train(
             state = replace(state, step=state.step + 1, kl_coef=kl_coef, tensors=tensors)
             state = with_average(state, model, parts, config)
             state = evaluate_and_save(run, state, metrics, parts, config)
-            for callback in callbacks:
+            for callback in extensions.callbacks:
                 callback(state.step, metrics)
             run.stop_if_asked(state)
 
@@ -138,7 +143,7 @@ def collect(
     scoring = Scoring(prompts, parts, worker if early or config.sample_ahead else None)
     with accelerator.autocast():
         with whole_weights(model):
-            responses = sample(
+            responses = parts.extensions.sampler(
                 parts.model.language_model,
                 parts.tokenizer,
                 prompts,
@@ -147,7 +152,7 @@ def collect(
                 on_finished=scoring.add if early else None,
                 group_size=config.overlap_scoring,
             )
-        if not early:
+        if not scoring.groups:
             scoring.add(range(len(prompts)), responses)
         clock.lap("sample")
 
@@ -209,6 +214,7 @@ def learn(
         parts.micro_batch,
         config,
         accelerator,
+        parts.extensions,
         auxiliary_losses=pretraining_of(model, parts.texts, state.step, config, accelerator),
         after_epoch=lambda: after_epochs.append(recorded_logprobs(model, rollout)),
     )
@@ -251,6 +257,7 @@ def improve(
     micro_batch: MicroBatch,
     config: PPOConfig,
     accelerator: Accelerator,
+    extensions: Extensions,
     *,
     auxiliary_losses: AuxiliaryLosses | None = None,
     after_epoch: Callable[[], None] | None = None,
@@ -263,8 +270,8 @@ def improve(
         moments = with_batch(state.score_moments, scores.total, sum_across=accelerator.reduce)
         state = replace(state, score_moments=moments)
     mask, moments = rollout.mask, state.score_moments
-    rewards = token_rewards(scores, kl, mask, finished, config, moments=moments, kl_coef=state.kl_coef)
-    experience = experience_of(rollout, rewards, finished, config, accelerator)
+    rewards = extensions.reward_shaping(scores, kl, mask, finished, config, moments=moments, kl_coef=state.kl_coef)
+    experience = experience_of(rollout, rewards, finished, config, accelerator, advantage=extensions.advantage)
     statistics = ppo_update(
         model,
         optimizer,
@@ -282,26 +289,24 @@ def improve(
 
 
 def experience_of(
-    rollout: Rollout, rewards: Tensor, finished: Tensor, config: PPOConfig, accelerator: Accelerator
+    rollout: Rollout,
+    rewards: Tensor,
+    finished: Tensor,
+    config: PPOConfig,
+    accelerator: Accelerator,
+    *,
+    advantage: AdvantageEstimator = response_advantages,
 ) -> Experience:
-    """Rewards ► advantages and returns ► whitened advantages, over all processes.
+    """Rewards ► advantages and returns, by the estimator.
 
     A response is terminated at its last generated token, whether it stopped or was cut off; with the rule `bootstrap`
-    only where it stopped. Against the other responses to its prompt, all tokens of a response have one advantage.
+    only where it stopped.
     """
-    mask = rollout.mask
+    mask, reduce = rollout.mask, accelerator.reduce
     if config.whiten_rewards:
-        rewards = unit_variance(rewards, mask, sum_across=accelerator.reduce)
-    if config.advantage == "gae":
-        terminated = finished if config.missing_eos.rule == "bootstrap" else torch.ones_like(finished)
-        advantages, returns = response_gae(
-            rewards, rollout.values, mask, terminated, gamma=config.gamma, lam=config.gae_lambda
-        )
-        advantages = whiten(advantages, mask, sum_across=accelerator.reduce)
-    else:
-        relative = leave_one_out if config.advantage == "rloo" else group_normalized
-        advantages = relative(rewards.sum(1), group_size=config.responses_per_prompt)[:, None].expand_as(rewards)
-        returns = rollout.values[:, :-1]  # there is no value function to learn them
+        rewards = unit_variance(rewards, mask, sum_across=reduce)
+    terminated = finished if config.missing_eos.rule == "bootstrap" else torch.ones_like(finished)
+    advantages, returns = advantage(rewards, rollout.values, mask, terminated, config, sum_across=reduce)
     return Experience(
         inputs=rollout.inputs,
         logprobs=rollout.logprobs,

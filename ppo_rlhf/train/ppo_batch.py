@@ -119,7 +119,7 @@ def tensors_of(batch: Batch | None) -> dict[str, Tensor]:
         "ids": responses.ids,
         "mask": responses.mask,
         "finished": responses.finished,
-        "sampled_logprobs": responses.logprobs,
+        **({} if responses.logprobs is None else {"sampled_logprobs": responses.logprobs}),
         **{name: getattr(batch.rollout, name) for name in EVALUATED},
         **{f"seconds/{phase}": torch.full((len(batch.prompts),), x) for phase, x in batch.clock.laps.items()},
     }
@@ -154,7 +154,7 @@ def restored_batch(
     own = {name: x[:, : width + (name == "values")] if x.dim() == 2 else x for name, x in own.items()}
     prompts = prompts_of(step, parts, config, accelerator)
     texts = texts_of(own["ids"], own["mask"], parts.tokenizer)
-    responses = Responses(own["ids"], own["mask"], own["finished"], texts, own["sampled_logprobs"])
+    responses = Responses(own["ids"], own["mask"], own["finished"], texts, own.get("sampled_logprobs"))
     rollout = Rollout(
         inputs=inputs_of(prompts, responses), mask=responses.mask, **{name: own[name] for name in EVALUATED}
     )

@@ -1,13 +1,52 @@
-"""From scores to what each token earned: for a rollout that trains as for a response that is only looked at."""
+"""From scores to what each token earned, and to how much better that was than expected.
+
+For a rollout that trains as for a response that is only looked at.
+"""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ppo_rlhf.config import MissingEOS, PPOConfig
-from ppo_rlhf.core import gae, kl_shaped_rewards
+from ppo_rlhf.core import gae, group_normalized, kl_shaped_rewards, leave_one_out, whiten
+from ppo_rlhf.core.masked import SumAcross
 from ppo_rlhf.rewards import ScoreMoments, Scores, shaped
+
+
+class RewardShaping(Protocol):
+    """What each token is paid, (B, T): `token_rewards` by default."""
+
+    def __call__(
+        self,
+        scores: Scores,
+        log_ratio: Tensor,
+        mask: Tensor,
+        finished: Tensor,
+        config: PPOConfig,
+        *,
+        moments: ScoreMoments,
+        kl_coef: float,
+    ) -> Tensor: ...
+
+
+class AdvantageEstimator(Protocol):
+    """Advantages as they are trained on, and returns for the value function, (B, T) each: `response_advantages` by
+    default.
+    """
+
+    def __call__(
+        self,
+        rewards: Tensor,
+        values: Tensor,
+        mask: Tensor,
+        terminated: Tensor,
+        config: PPOConfig,
+        *,
+        sum_across: SumAcross,
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 def token_rewards(
@@ -42,6 +81,28 @@ def missing_eos_rule(scores: Tensor, finished: Tensor, rule: MissingEOS, dense: 
     if rule.rule == "bootstrap":
         return torch.where(finished, scores, 0.0 if dense is None else dense.sum(1))
     return scores
+
+
+def response_advantages(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    terminated: Tensor,
+    config: PPOConfig,
+    *,
+    sum_across: SumAcross,
+) -> tuple[Tensor, Tensor]:
+    """By GAE, whitened; or against the other responses to the prompt, all tokens of a response alike.
+
+    rewards, mask (B, T), values (B, T+1), terminated (B,): nothing follows; sum_across: over all processes. The
+    responses to a prompt are in a row → advantages, returns, (B, T) each.
+    """
+    if config.advantage == "gae":
+        advantages, returns = response_gae(rewards, values, mask, terminated, gamma=config.gamma, lam=config.gae_lambda)
+        return whiten(advantages, mask, sum_across=sum_across), returns
+    relative = leave_one_out if config.advantage == "rloo" else group_normalized
+    advantages = relative(rewards.sum(1), group_size=config.responses_per_prompt)[:, None].expand_as(rewards)
+    return advantages, values[:, :-1]  # there is no value function to learn returns
 
 
 def response_gae(

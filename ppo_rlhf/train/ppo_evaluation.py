@@ -21,7 +21,7 @@ from ppo_rlhf.run import SAMPLES_KEPT, LoopState, gathered, share_of, whole_weig
 from ppo_rlhf.seeding import uniform_rows
 from ppo_rlhf.train.averaging import averaged
 from ppo_rlhf.train.measured import measure
-from ppo_rlhf.train.ppo_credit import response_gae, token_rewards
+from ppo_rlhf.train.ppo_credit import response_gae
 from ppo_rlhf.train.ppo_parts import Parts
 from ppo_rlhf.train.ppo_records import token_numbers
 
@@ -105,7 +105,7 @@ def _evaluate_batch(
         assert logprobs is not None
         assert ref_logprobs is not None
         assert log_ratio is not None
-        rewards = token_rewards(
+        rewards = parts.extensions.reward_shaping(
             measured.scores["score"],
             log_ratio,
             responses.mask,

@@ -32,6 +32,7 @@ from ppo_rlhf.prompts import Prompts
 from ppo_rlhf.references import is_reference
 from ppo_rlhf.rewards import RewardFunction, RewardModel, load_reward, models_in
 from ppo_rlhf.sampling import stop_ids_of
+from ppo_rlhf.train.extensions import Extensions, load_extensions
 from ppo_rlhf.train.inputs import load_reference, named, policy_with_tokenizer
 from ppo_rlhf.train.pretraining import load_texts
 
@@ -49,6 +50,7 @@ class Parts:
     eval_prompts: Prompts
     micro_batch: MicroBatch  # of all passes whose memory grows with the rows
     texts: Sequence[Example]  # of PPO-ptx
+    extensions: Extensions
 
     def rows_of(self, step: int, config: PPOConfig) -> list[int]:
         """The prompts of a step's rollout, each as often as it gets responses, in a row."""
@@ -78,6 +80,7 @@ def load_parts(
     reward: RewardFunction | None,
     gold: RewardFunction | None,
     prompts: Iterable[dict[str, Any]] | None,
+    extensions: Extensions | None = None,
 ) -> Parts:
     """Loads and checks all that the configuration names, before anything is written."""
     if config.batch_size % (accelerator.num_processes * config.ppo.num_minibatches):
@@ -134,6 +137,7 @@ def load_parts(
         eval_prompts=eval_prompts,
         micro_batch=MicroBatch(config.ppo.micro_batch_size, accelerator, setting="ppo.micro_batch_size"),
         texts=texts,
+        extensions=extensions or load_extensions(config),
     )
 
 
@@ -155,7 +159,7 @@ def policy_with_value(
         value_model=value_model,
         temperature=config.sampling.temperature,
         differentiable_entropy=config.ppo.entropy_coef != 0,
-        with_values=config.advantage == "gae",
+        with_values=config.has_values,
     )
     source = config.value_head or config.policy
     if value_model is None and source is not None and not is_reference(source):

@@ -64,7 +64,8 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """Means over the global batch: of responses for `objective/…` and `response/…`, in nats and tokens a response.
 
-    `objective/score_std` is the scores' standard deviation.
+    `objective/score_std` is the scores' standard deviation. `sampler/logprob_difference` is the mean over tokens of
+    |log π as the sampler told it − log π by the policy's own forward|, in nats.
     """
     mask, device = rollout.mask, accelerator.device
     log_ratio = torch.where(mask, rollout.logprobs - rollout.ref_logprobs, 0)
@@ -76,6 +77,9 @@ def rollout_metrics(
         "response/stop_rate": responses.finished.sum(),
         "response/repetition": repetition(responses.ids, mask).sum(),
     }
+    if responses.logprobs is not None:
+        difference = torch.where(mask, responses.logprobs - rollout.logprobs, 0)
+        sums["sampler/logprob_difference"] = difference.abs().sum()
     if len(scores.parts) > 1:
         sums |= {f"objective/score/{name}": part.sum() for name, part in scores.parts.items()}
     if gold is not None:
@@ -87,8 +91,10 @@ def rollout_metrics(
     scored = torch.ones_like(scores.total, dtype=torch.bool)
     _, score_variance, _ = masked_moments(scores.total.double(), scored, sum_across=accelerator.reduce)
     metrics = {name: total / responses_total for name, total in zip(sums, totals, strict=True)}
+    if responses.logprobs is not None:
+        metrics["sampler/logprob_difference"] /= metrics["response/length"]
     metrics["objective/score_std"] = float(score_variance.sqrt())
-    if config.advantage == "gae":
+    if config.has_values:
         explained = explained_variance(experience.values, experience.returns, mask, sum_across=accelerator.reduce)
         metrics["value/explained_variance"] = float(explained)
     return metrics

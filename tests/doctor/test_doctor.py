@@ -25,6 +25,7 @@ from ppo_rlhf.cli import main
 from ppo_rlhf.config import PPOConfig, RewardConfig, SFTConfig
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.models import load_policy
+from ppo_rlhf.sampling import sample
 from ppo_rlhf.settings import OptimizerSettings, PPOSettings, SamplingSettings
 from ppo_rlhf.train import ppo, reward_model, sft
 
@@ -105,6 +106,17 @@ def test_a_policy_that_moves_between_rollout_and_update_shows_in_its_first_ratio
     assert "dropout left on" not in found
 
 
+def test_a_sampler_that_keeps_the_weights_of_the_start_is_found(models):
+    start, _ = load_policy(models["gpt2"], setting="test")
+
+    def stale(policy, *arguments, **options):
+        return sample(start, *arguments, **options)
+
+    found = run(models, given={"sampler": stale}, optimizer=fast(1e-2))
+    assert "sampler is not the policy" in found
+    assert "first ratio is not 1" not in found
+
+
 def test_dropout_that_no_name_betrays_is_found(models):
     policy, tokenizer = load_policy(models["gpt2"], setting="test")
     policy.transformer.h[0].register_forward_hook(lambda module, _, hidden: F.dropout(hidden, 0.2, module.training))
@@ -112,18 +124,15 @@ def test_dropout_that_no_name_betrays_is_found(models):
     assert {"dropout left on", "first ratio is not 1"} <= found.keys()
 
 
-def test_a_mask_inferred_from_ids_where_padding_is_eos_is_found(toy, monkeypatch):
-    sample = ppo.sample
-
+def test_a_mask_inferred_from_ids_where_padding_is_eos_is_found(toy):
     def inferring(policy, tokenizer, *arguments, **options):
         responses = sample(policy, tokenizer, *arguments, **options)
         return replace(responses, mask=responses.mask & (responses.ids != tokenizer.eos_token_id))
 
-    monkeypatch.setattr(ppo, "sample", inferring)
     config = PPOConfig(
         policy=str(toy / "sft" / "policy"), prompts="ppo_rlhf.toy:prompts", output_dir="run", num_steps=3
     )
-    ppo.train(replace(config, batch_size=8, max_eval_prompts=8, log_with=()), reward=vowels)
+    ppo.train(replace(config, batch_size=8, max_eval_prompts=8, log_with=()), reward=vowels, sampler=inferring)
     assert "stop token is masked" in findings()
 
 

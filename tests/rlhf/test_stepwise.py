@@ -77,7 +77,9 @@ def test_token_ids_are_taken_as_they_are(models):
     assert torch.equal(one.values, other.values)
     assert (one.logprobs - one.ref_logprobs == 0).all()
     scores = vowels(responses.texts)
-    assert by_texts.update(QUERIES, responses, scores) == by_ids.update(ids, said, torch.tensor(scores))
+    metrics = by_texts.update(QUERIES, responses, scores)
+    metrics.pop("sampler/logprob_difference")  # of ids alone nobody knows how a sampler saw them
+    assert metrics == by_ids.update(ids, said, torch.tensor(scores))
 
 
 @pytest.mark.parametrize("scores", [[1.0, 2.0], [1.0, 2.0, 3.0]], ids=["too few scores", "no two minibatches"])

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_reward_configuration import PowerCut, config_of
 from tiny_runs import jsonl, metrics_of, same_weights, weights_of, without_times
 
-from ppo_rlhf.config import MissingEOS, PretrainingSettings
+from ppo_rlhf.config import MissingEOS, PPOConfig, PretrainingSettings
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.settings import PPOSettings
 from ppo_rlhf.train import ppo
@@ -83,3 +84,35 @@ def test_a_run_bootstraps_where_the_limit_cut_a_response_off(models, data):
     for row in rows:
         assert sum(row["rewards"]) == pytest.approx(row["score"] if row["finished"] else 0.0)
     assert json.loads(Path("out/summary.json").read_text())["kl"] != 0
+
+
+def test_a_learning_rate_of_its_own_moves_the_value_head_alone(models, data):
+    """Adam's first step is the learning rate: ten times as long, and a head of zeros leaves the trunk as it is."""
+    for name, value_lr in (("same", None), ("own", 0.1)):
+        config = config_of(models, data, num_steps=1, value_lr=value_lr, ppo=PPOSettings(num_epochs=1), output_dir=name)
+        ppo.train(config)
+    assert same_weights("own/policy", "same/policy")
+    own, same = (load_file(f"{name}/value_head/value_head.safetensors") for name in ("own", "same"))
+    for name in same:
+        torch.testing.assert_close(own[name], 10 * same[name])
+        assert same[name].abs().max() > 0
+
+
+def test_a_run_with_a_learning_rate_of_the_value_head_goes_on_where_it_was(models, data):
+    settings = {"value_lr": 0.05, "num_steps": 3, "save_every": 1}
+
+    def cut(step, metrics):
+        if step == 2:
+            raise PowerCut
+
+    ppo.train(config_of(models, data, output_dir="whole", **settings))
+    with pytest.raises(PowerCut):
+        ppo.train(config_of(models, data, output_dir="parts", **settings), callbacks=[cut])
+    ppo.train(config_of(models, data, output_dir="parts", resume=True, **settings))
+    assert without_times(metrics_of("parts")) == without_times(metrics_of("whole"))
+
+
+@pytest.mark.parametrize("value_lr", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_learning_rate_that_makes_no_sense_is_refused_by_name(value_lr):
+    with pytest.raises(UserError, match=f"value_lr={value_lr} must be above 0, and finite, or null"):
+        PPOConfig(value_lr=value_lr)

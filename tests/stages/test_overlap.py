@@ -62,7 +62,7 @@ def test_scores_do_not_depend_on_overlap(group_size, models, data):
 
 def test_scoring_begins_while_others_are_still_sampled(models, data, monkeypatch):
     began, events = threading.Event(), []
-    draw, sample = sampling.draw, ppo.sample
+    draw = sampling.draw
 
     def reward(prompts, responses, **columns):
         if len(prompts) == 1:  # one response of a rollout, not an evaluation
@@ -80,11 +80,10 @@ def test_scoring_begins_while_others_are_still_sampled(models, data, monkeypatch
             assert began.wait(PATIENCE)
 
         events.clear()
-        return sample(*arguments, on_finished=handed_out, **options)
+        return sampling.sample(*arguments, on_finished=handed_out, **options)
 
     monkeypatch.setattr(sampling, "draw", noted_draw)
-    monkeypatch.setattr(ppo, "sample", patient_sample)
-    ppo.train(config_of(models, data, num_steps=1, overlap_scoring=1), reward=reward)
+    ppo.train(config_of(models, data, num_steps=1, overlap_scoring=1), reward=reward, sampler=patient_sample)
     assert events.count("scored") == 8
     assert "token" in events[events.index("scored") :]
 
