@@ -165,7 +165,7 @@ def test_the_whole_study_in_small_writes_its_files_and_goes_on_where_it_ended(tm
     assert len(results["fits"]) == 4 + 4
     assert told["claims"] == results["claims"]
     markdown = (folder / "README.md").read_text()
-    assert "| proxy | label accuracy | α | β | R² | peak of gold | gold at the end | proxy at the end |" in markdown
+    assert "| proxy | label accuracy | α | β | R² | fitted peak, d | peak of gold | gold at the end |" in markdown
     page = (folder / "report.html").read_text()
     assert page.count('class="picture"') == 2 + 2 + 1 + 2
     assert told["files"] == [f"study/{name}" for name in ("README.md", "results.json", "report.html")]
