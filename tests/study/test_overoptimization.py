@@ -149,7 +149,9 @@ def test_the_whole_study_in_small_writes_its_files_and_goes_on_where_it_ended(tm
     told = strict(capsys.readouterr().out.splitlines()[-1])
     folder = tmp_path / "study"
     assert len(in_process) == 1 + 2 + 5  # a policy; two members; PPO: one proxy with and without penalty, three rules
-    assert [len(read_lines(folder / f"labels-{name}.jsonl")) for name in ("60", "held-out")] == [60, 20]
+    training, held_out = (read_lines(folder / f"labels-{name}.jsonl") for name in ("60", "held-out"))
+    assert [len(training), len(held_out)] == [60, 20]
+    assert {row["prompt"] for row in training}.isdisjoint(row["prompt"] for row in held_out)
     samples = jsonl(folder / "best_of_n.jsonl")
     assert len(samples) == 4
     assert set(samples[0]["scores"]) == {"gold", "narrow-60", *(f"narrow-60-{rule}" for rule in RULES)}
@@ -165,7 +167,7 @@ def test_the_whole_study_in_small_writes_its_files_and_goes_on_where_it_ended(tm
     assert len(results["fits"]) == 4 + 4
     assert told["claims"] == results["claims"]
     markdown = (folder / "README.md").read_text()
-    assert "| proxy | label accuracy | α | β | R² | peak of gold | gold at the end | proxy at the end |" in markdown
+    assert "| proxy | label accuracy | α | β | R² | fitted peak, d | peak of gold | gold at the end |" in markdown
     page = (folder / "report.html").read_text()
     assert page.count('class="picture"') == 2 + 2 + 1 + 2
     assert told["files"] == [f"study/{name}" for name in ("README.md", "results.json", "report.html")]

@@ -160,9 +160,19 @@ def _method_section(results: Results, plan: Plan, method: Method) -> Section:
         for fitted in results.fits
         if fitted.method == method
     ]
-    columns = ["proxy", "label accuracy", "α", "β", "R²", "peak of gold", "gold at the end", "proxy at the end"]
+    columns = [
+        "proxy",
+        "label accuracy",
+        "α",
+        "β",
+        "R²",
+        "fitted peak, d",
+        "peak of gold",
+        "gold at the end",
+        "proxy at the end",
+    ]
     text = f"Dots are measured, lines the form {form}, by least squares, ± standard errors of its coefficients."
-    return Section(method.capitalize(), [text], [Table(columns, rows)], charts)
+    return Section(method[0].upper() + method[1:], [text], [Table(columns, rows)], charts)
 
 
 def _fit_row(fitted: Fit, curve: Curve, label_accuracy: dict[str, float]) -> list[str]:
@@ -173,6 +183,7 @@ def _fit_row(fitted: Fit, curve: Curve, label_accuracy: dict[str, float]) -> lis
         f"{fitted.alpha:.3f} ± {fitted.alpha_error:.3f}",
         f"{fitted.beta:.3f} ± {fitted.beta_error:.3f}",
         f"{fitted.r_squared:.2f}",
+        "none" if fitted.peak_distance is None else f"{fitted.peak_distance:.2f}",
         f"{curve.peak.gold:+.2f} at d = {curve.peak.distance:.2f}",
         f"{curve.end.gold:+.2f} at d = {curve.end.distance:.2f}",
         f"{curve.end.proxy:+.2f}",
