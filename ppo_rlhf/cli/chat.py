@@ -75,7 +75,8 @@ class Terminal:
             import readline  # noqa: F401 - gives input() its editing and history
         self.tell("/help tells the commands; Ctrl-C stops an answer, Ctrl-D leaves.")
         if not self.dialogue.has_template:
-            self.tell("The policy has no chat template: it goes on with your text as it stands; /reset begins anew.")
+            begin = "; /reset begins anew" if self.dialogue.keep_history else ""
+            self.tell(f"The policy has no chat template: it goes on with your text as it stands{begin}.")
         while (line := self._line()).strip() != "/quit":
             try:
                 if line.startswith("/"):
