@@ -103,3 +103,24 @@ def test_every_file_that_the_readme_names_exists(path):
     named = re.findall(r"`((?:ppo_rlhf|classic|examples|tests|docs)/[\w./-]*)`", path.read_text())
     assert named
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def facts_of(text):
+    """What two languages must say alike: code, commands, where links lead, and the numbers of each table's rows."""
+    prose = re.sub(r"^(```.*?^```| {4}.*?)$", "", text, flags=re.DOTALL | re.MULTILINE)
+    rows = [re.findall(r"[−\d][\d.,]*\d|\d", row) for row in re.findall(r"^\|.*$", text, flags=re.MULTILINE)]
+    return {
+        "headings": len(re.findall(r"^#+ ", text, flags=re.MULTILINE)),
+        "python": fenced_blocks(text, "python"),
+        "commands": commands_in(text),
+        "code": sorted(" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)),
+        "links": sorted(target for target in re.findall(r"\]\(([^)]+)\)", prose) if not target.startswith("README")),
+        "numbers of the tables": rows,
+    }
+
+
+@pytest.mark.parametrize("fact", facts_of(""))
+def test_the_chinese_readme_says_what_the_english_one_says(fact):
+    english, chinese = (facts_of((ROOT / name).read_text())[fact] for name in ("README.md", "README.zh.md"))
+    assert english
+    assert chinese == english
