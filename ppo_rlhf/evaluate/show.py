@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ppo_rlhf.evaluate.estimates import Estimate
-from ppo_rlhf.evaluate.evaluation import Evaluation
+from ppo_rlhf.evaluate.evaluation import BestOfN, Evaluation
 
 LABELS = {
     "score": "score",
@@ -25,7 +25,7 @@ LABELS = {
 
 
 def show(evaluations: Sequence[Evaluation], console: Console) -> None:
-    """One table with a column for each policy, and one of the best of n for each that was asked for it."""
+    """One table with a column for each policy, and one of the best of n for each reference that was sampled for it."""
     table = Table("95 % intervals", *(escape(each.policy) for each in evaluations))
     for name in dict.fromkeys(name for each in evaluations for name in each.numbers):
         table.add_row(LABELS.get(name, escape(name)), *(_told(each.numbers.get(name)) for each in evaluations))
@@ -33,17 +33,20 @@ def show(evaluations: Sequence[Evaluation], console: Console) -> None:
         label = escape(f"wins against {evaluations[0].against}, by {judge}")
         table.add_row(label, *(_told(each.win_rates.get(judge)) for each in evaluations))
     console.print(table)
+    shown: list[tuple[str, list[BestOfN]]] = []
     for each in evaluations:
-        if each.best_of_n:
-            console.print(_best_of_n(each))
+        curve = each.reference or each.policy, each.best_of_n
+        if each.best_of_n and curve not in shown:
+            shown.append(curve)
+            console.print(_best_of_n(*curve))
 
 
-def _best_of_n(evaluation: Evaluation) -> Table:
-    table = Table(title=escape(f"the best of n of {evaluation.reference or evaluation.policy}, by score"))
-    names = list(evaluation.best_of_n[0].scores)
+def _best_of_n(policy: str, curve: list[BestOfN]) -> Table:
+    table = Table(title=escape(f"the best of n of {policy}, by score"))
+    names = list(curve[0].scores)
     for heading in ("n", "KL, nats", *(LABELS[name] for name in names)):
         table.add_column(heading, justify="right")
-    for each in evaluation.best_of_n:
+    for each in curve:
         table.add_row(str(each.n), f"{each.kl:.2f}", *(_told(each.scores[name]) for name in names))
     return table
 

@@ -1,8 +1,10 @@
 """`ppo-rlhf evaluate` on tiny runs."""
 
+import io
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,13 @@ import tiny_models
 import tiny_runs
 import torch
 from refusals import refusal
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_rlhf.cli import main
 from ppo_rlhf.config import SFTConfig
 from ppo_rlhf.evaluate import evaluate
+from ppo_rlhf.evaluate.show import show
 from ppo_rlhf.evaluation_settings import EvaluationSettings
 from ppo_rlhf.settings import LoRASettings
 from ppo_rlhf.train import ppo, sft
@@ -97,6 +101,13 @@ def test_the_numbers_of_a_run_are_means_over_the_rows_that_it_writes(run, capfd)
     assert found["best_of_n"][0]["score"]["value"] == pytest.approx(sum(map(sum, best)) / 72)
     assert found["best_of_n"][-1]["score"]["value"] == pytest.approx(sum(map(max, best)) / 12)
     assert found["best_of_n"][1]["kl"] == pytest.approx(math.log(2) - 1 / 2)
+
+
+def test_policies_of_one_reference_show_its_best_of_n_once(run):
+    console = Console(file=io.StringIO(), width=200)
+    evaluation = one(run, best_of=2)
+    show([evaluation, replace(evaluation, policy="another"), replace(evaluation, reference="of another")], console)
+    assert console.file.getvalue().count("the best of n of") == 2
 
 
 def test_the_best_of_n_are_responses_of_the_reference(run, models, data):
