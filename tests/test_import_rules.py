@@ -85,8 +85,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "chat": ({"torch", "transformers"}, EVERYTHING_BELOW | {"saved_runs", "train"}),
     "evaluation_settings": (set(), LIGHT | {"reward_settings"}),
     "evaluate": (
-        {"torch", "transformers", "safetensors", "scipy", "numpy", "rich"},
-        EVERYTHING_BELOW | {"evaluation_settings", "intervals", "saved_runs", "train"},
+        {"torch", "transformers", "safetensors", "numpy", "rich"},
+        EVERYTHING_BELOW | {"evaluation_settings", "intervals", "saved_runs", "statistics", "train"},
     ),
     "inspection": ({"transformers", "rich"}, EVERYTHING_BELOW | {"train"}),
     "pipeline": ({"torch", "transformers", "accelerate"}, EVERYTHING_BELOW | {"train"}),
@@ -145,7 +145,7 @@ CONTROL_RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
     "experiment": (
         {"numpy"},
         {"config", "envs", "evaluate", "ppo", "variants"},
-        ERRORS | {"run", "seeding", "statistics"},
+        ERRORS | {"run", "seeding"},
     ),
     "table1": ({"numpy"}, {"config", "experiment", "plot", "presets", "variants"}, {"run", "statistics"}),
     "ablations": (set(), {"config", "experiment", "plot", "presets", "variants"}, {"run", "statistics"}),
