@@ -21,8 +21,8 @@ class Sampler(Protocol):
     """Whatever responds to prompts; `sample` is the one that runs use by default.
 
     It is given the policy as it is now, and a line of uniform numbers for each row, from which all that is random
-    should follow. on_finished, which it may leave alone, is for rewards that score meanwhile (`overlap_scoring`). Its
-    log-probabilities are compared with the policy's own and never trained on.
+    should follow. on_finished, for rewards that score meanwhile (`overlap_scoring`), it tells of every row once, or of
+    none. Its log-probabilities are compared with the policy's own and never trained on.
     """
 
     def __call__(
