@@ -12,7 +12,6 @@ from classic.experiment import (
     Results,
     carry_out,
     command_line,
-    interval_of,
     returns_table,
     versions,
 )
@@ -110,5 +109,5 @@ def markdown(
 
 
 def _row(name: str, found: Estimate, worth: Estimate | None) -> str:
-    told = "– | –" if worth is None else f"{worth.value:+.2f} | {interval_of(worth)}"
-    return f"| {DETAILS[name].text} | {found.value:.2f} | {interval_of(found)} | {told} |"
+    told = "– | –" if worth is None else f"{worth.value:+.2f} | {worth.interval()}"
+    return f"| {DETAILS[name].text} | {found.value:.2f} | {found.interval()} | {told} |"

@@ -17,7 +17,7 @@ from classic.presets import MUJOCO, PRESETS, preset_for
 from classic.variants import DETAILS, SURROGATES
 from ppo_rlhf.arguments import Command, CommandLine, read, run, settings_in
 from ppo_rlhf.errors import UserError, did_you_mean
-from ppo_rlhf.settings import require
+from ppo_rlhf.settings import flat, require
 
 if TYPE_CHECKING:
     from classic.policy import Policy
@@ -106,7 +106,7 @@ def _preset(given: Namespace) -> dict[str, Any]:
         hint = did_you_mean(given.preset, PRESETS)
         raise UserError(f"there is no preset {given.preset}.{hint} There are: {', '.join(PRESETS)}.")
     name = given.preset or (given.environment_id if given.config is None else None)
-    return _flat(asdict(preset_for(name, given.algorithm))) if name in PRESETS else {"env_id": ""}
+    return flat(asdict(preset_for(name, given.algorithm))) if name in PRESETS else {"env_id": ""}
 
 
 def _earlier(given: Namespace, kind: type[ManyRuns]) -> dict[str, Any]:
@@ -121,15 +121,6 @@ def _earlier(given: Namespace, kind: type[ManyRuns]) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is not of a comparison: {error}") from error
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by their options' names; a group's are inside it, an environment's own arguments are one setting."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        inside = isinstance(value, dict) and name != "env_kwargs"
-        flat |= _flat(value, f"{prefix}{name}.") if inside else {f"{prefix}{name}": value}
-    return flat
 
 
 # -------------------------------------------------------------------------------------------------------- commands

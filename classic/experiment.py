@@ -24,7 +24,6 @@ from ppo_rlhf.run import new_folder, read_config, refuse_changes, write_config, 
 from ppo_rlhf.run.folder import HOW_OFTEN
 from ppo_rlhf.run.grid import Job, run_grid
 from ppo_rlhf.seeding import keyed_seed
-from ppo_rlhf.statistics import Estimate
 
 RANDOM_EPISODES = 100  # of the untrained policy, whose mean return is score 0
 
@@ -172,8 +171,3 @@ def command_line(experiment: Experiment, config: ExperimentConfig) -> str:
 def versions() -> str:
     """Of the libraries on which returns hang."""
     return ", ".join(f"{name} {version(name)}" for name in ("torch", "gymnasium", "numpy"))
-
-
-def interval_of(estimate: Estimate) -> str:
-    """As a table shows it; a dash where one seed alone gives none."""
-    return "–" if estimate.low is None else f"{estimate.low:.2f} to {estimate.high:.2f}"

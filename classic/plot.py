@@ -19,7 +19,8 @@ from matplotlib.ticker import EngFormatter
 from scipy import stats
 
 from ppo_rlhf.errors import UserError, did_you_mean
-from ppo_rlhf.run import flat, read_config
+from ppo_rlhf.run import read_config
+from ppo_rlhf.settings import flat
 from ppo_rlhf.statistics import CONFIDENCE, Estimate
 
 # Settings in which runs may differ and still be seeds of one another.

@@ -14,7 +14,6 @@ from classic.experiment import (
     Results,
     carry_out,
     command_line,
-    interval_of,
     returns_table,
     runs_of,
     versions,
@@ -120,4 +119,4 @@ def markdown(config: ExperimentConfig, results: Results, estimates: dict[str, Es
 def _row(name: str, found: Estimate) -> str:
     paper = SURROGATES[name].paper
     told = "–" if paper is None else f"{paper:.2f}"
-    return f"| {SURROGATES[name].text} | {found.value:.2f} | {interval_of(found)} | {told} |"
+    return f"| {SURROGATES[name].text} | {found.value:.2f} | {found.interval()} | {told} |"

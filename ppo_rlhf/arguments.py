@@ -10,7 +10,9 @@ import argparse
 import itertools
 import json
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -62,6 +64,7 @@ def run(line: CommandLine, execute: Callable[[str, Namespace], int | None], argv
     when terminated.
     """
     command = line.commands.get(_command_in(argv) or "", Command(""))
+    _hear_interrupts()
     try:
         given = read(line, argv)
         if given is not None:
@@ -79,6 +82,12 @@ def run(line: CommandLine, execute: Callable[[str, Namespace], int | None], argv
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     return 0
+
+
+def _hear_interrupts() -> None:
+    """SIGINT interrupts a shell's background job too, which is started deaf to it, from its first second on."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def read(line: CommandLine, argv: Sequence[str]) -> Namespace | None:

@@ -22,7 +22,7 @@ from ppo_rlhf.policy import response_logprobs
 from ppo_rlhf.reward_settings import RewardSource
 from ppo_rlhf.rewards import RewardFunction, load_reward
 from ppo_rlhf.sampling import decode, pieces_of, responses_of
-from ppo_rlhf.saved_runs import reward_source, run_folder, run_settings, sampling_settings
+from ppo_rlhf.saved_runs import policy_source, reward_source, run_folder, run_settings, sampling_settings
 from ppo_rlhf.settings import SamplingSettings
 from ppo_rlhf.train.inputs import load_reference
 from ppo_rlhf.train.scoring import scores_of
@@ -220,8 +220,7 @@ def load_chat(
     """
     folder = _folder_of_run(source)
     run = run_settings(str(folder))
-    own = run_folder(source) / "policy"
-    model, tokenizer = load_policy(str(own) if own.is_dir() else source, setting="chat")
+    model, tokenizer = load_policy(policy_source(source), setting="chat")
     model.to(default_device()).eval()  # type: ignore[arg-type]
     settings = sampling_settings(folder) if run.get("sampling") else settings_of(model)
     chat = Chat(model, tokenizer, replace(settings, **sampling), system=system, keep_history=keep_history, seed=seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import islice
+from itertools import accumulate, islice
 
 import torch
 from torch import Tensor
@@ -21,6 +21,12 @@ def distinct_n(texts: Sequence[str], n: int, *, num_ngrams: int = NUM_NGRAMS) ->
     ngrams = (ngram for words in lines for ngram in zip(*(words[i:] for i in range(n)), strict=False))
     found = list(islice(ngrams, num_ngrams))
     return len(set(found)) / max(1, len(found))
+
+
+def num_reached(texts: Sequence[str], n: int, *, num_ngrams: int = NUM_NGRAMS) -> int:
+    """How many of the texts, the first ones, `distinct_n` looks at. At least 1."""
+    counts = accumulate(max(0, len(text.split()) + 1 - n) for text in texts)
+    return min(len(texts), 1 + sum(count < num_ngrams for count in counts))
 
 
 def best_of_n(scores: Tensor, values: Tensor, n: int) -> Tensor:

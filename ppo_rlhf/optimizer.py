@@ -30,8 +30,9 @@ def make_optimizer(
     others = set() if lr_apart is None else set(apart)
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = _groups([p for p in trainable if p not in others], settings)
-    for group in _groups([p for p in trainable if p in others], settings):
-        groups.append({**group, LR_SCALE: (lr_apart or settings.lr) / settings.lr})
+    if lr_apart is not None:
+        scaled = _groups([p for p in trainable if p in others], settings)
+        groups += [{**group, LR_SCALE: lr_apart / settings.lr} for group in scaled]
     rates: dict[str, Any] = {
         "lr": settings.lr,
         "betas": (settings.beta1, settings.beta2),

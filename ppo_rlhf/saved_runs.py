@@ -35,6 +35,11 @@ def policy_folder(run: str) -> Path:
     return folder / "policy" if (folder / "policy").is_dir() else folder
 
 
+def policy_source(name: str) -> str:
+    """Where the weights of a policy are: that of a run, one in a folder, or the name that it has on the Hub."""
+    return str(policy_folder(name)) if run_folder(name).is_dir() else name
+
+
 def prompt_rows(run: str, prompts: str | None) -> list[Row]:
     """The rows of the given prompts, else of those in the run's configuration. Raises UserError where it has none."""
     setting, columns = "--prompts", {}

@@ -5,14 +5,16 @@ Each field's default names its source. `ppo_rlhf.update`, `ppo_rlhf.sampling` an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from math import inf, isfinite
-from typing import Literal
+from typing import Any, Literal
 
 from ppo_rlhf.errors import UserError
 
 Argument = str | bool | int | float | list | dict | None  # text first: a pattern such as "[a-z]" is no list
+ARGUMENTS = {"arguments", "env_kwargs"}  # settings whose own names are those of a function's arguments
 Ties = Literal["drop", "both", "half"]  # what two responses of equal rank teach: nothing, both orders, each by half
 TooLong = Literal["refuse", "drop", "left", "right"]  # what becomes of a text of too many tokens; a side is cut off
 
@@ -21,6 +23,15 @@ def require(condition: bool, message: str) -> None:
     """Raises UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their dotted names. A group's are inside it; the arguments of a function are one setting."""
+    named: dict[str, Any] = {}
+    for name, value in settings.items():
+        inside = isinstance(value, Mapping) and name not in ARGUMENTS
+        named |= flat(value, f"{prefix}{name}.") if inside else {f"{prefix}{name}": value}
+    return named
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Means over several runs, and how sure they are: stratified bootstrap intervals (Agarwal et al., 2021); free of torch.
+"""Numbers and how sure they are: bootstrap intervals, stratified over several runs (Agarwal et al., 2021).
 
-A stratum holds the scores of one environment or task, a number a seed. Seeds are drawn again within each stratum, so
-that every resample has as many runs of each as there were.
+Free of torch. A stratum holds the scores of one environment or task, a number a seed. Seeds are drawn again within each
+stratum, so that every resample has as many runs of each as there were.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ class Estimate:
         interval = "" if self.low is None else f" [{self.low:.2f}, {self.high:.2f}]"
         return f"{self.value:.2f}{interval}"
 
+    def interval(self, digits: int = 2) -> str:
+        """As a table shows it; a dash where there is none."""
+        return "–" if self.low is None else f"{self.low:.{digits}f} to {self.high:.{digits}f}"
+
 
 def interquartile_mean(scores: np.ndarray, axis: int = -1) -> np.ndarray:
     """The mean of the middle half: of n numbers ⌊n/4⌋ are left out at either end."""
@@ -39,7 +43,7 @@ def interquartile_mean(scores: np.ndarray, axis: int = -1) -> np.ndarray:
 
 def estimate(strata: Sequence[Scores], statistic: Statistic = np.mean) -> Estimate:
     """The statistic of all scores of all strata together, with its percentile interval."""
-    return _bootstrapped(strata, lambda *samples: statistic(_pooled(samples), axis=-1))
+    return bootstrapped(strata, lambda *samples: statistic(_pooled(samples), axis=-1))
 
 
 def difference(strata: Sequence[Scores], baseline: Sequence[Scores], statistic: Statistic = np.mean) -> Estimate:
@@ -49,10 +53,22 @@ def difference(strata: Sequence[Scores], baseline: Sequence[Scores], statistic: 
     def of_both(*samples: np.ndarray) -> np.ndarray:
         return statistic(_pooled(samples[:count]), axis=-1) - statistic(_pooled(samples[count:]), axis=-1)
 
-    return _bootstrapped([*strata, *baseline], of_both)
+    return bootstrapped([*strata, *baseline], of_both)
 
 
-def _bootstrapped(strata: Sequence[Scores], statistic: Callable[..., np.ndarray]) -> Estimate:
+def bootstrapped(
+    strata: Sequence[Scores],
+    statistic: Callable[..., np.ndarray],
+    *,
+    paired: bool = False,
+    resamples: int = RESAMPLES,
+    batch: int | None = None,
+    seed: int = 0,
+) -> Estimate:
+    """A statistic of samples (…, N_i), taken over their last axis, with the percentile interval (Efron, 1979).
+
+    paired: the samples are drawn again together, number by number. batch: resamples at once, for memory; None: all.
+    """
     samples = [np.asarray(stratum, dtype=float) for stratum in strata]
     value = float(statistic(*samples))
     if any(len(sample) < 2 for sample in samples):
@@ -60,11 +76,13 @@ def _bootstrapped(strata: Sequence[Scores], statistic: Callable[..., np.ndarray]
     interval = stats.bootstrap(
         samples,
         lambda *drawn, axis: statistic(*drawn),  # samples (…, N) are told apart by the last axis alone
-        n_resamples=RESAMPLES,
+        n_resamples=resamples,
+        batch=batch,
+        paired=paired,
         confidence_level=CONFIDENCE,
         method="percentile",
         vectorized=True,
-        rng=np.random.default_rng(0),
+        rng=np.random.default_rng(seed),
     ).confidence_interval
     return Estimate(value, float(interval.low), float(interval.high))
 

@@ -16,7 +16,6 @@ from ppo_rlhf.compute import default_device
 from ppo_rlhf.data import Row, demonstrations, load_rows
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.evaluate.estimates import (
-    Estimate,
     distinct_estimate,
     mean_estimate,
     perplexity_estimate,
@@ -34,6 +33,7 @@ from ppo_rlhf.sampling import warn_of_truncation
 from ppo_rlhf.saved_runs import held_out_rows, is_ppo_run, reward_source, run_settings
 from ppo_rlhf.seeding import uniform_rows
 from ppo_rlhf.settings import TooLong
+from ppo_rlhf.statistics import Estimate
 from ppo_rlhf.train.inputs import load_reference
 from ppo_rlhf.train.measured import measure
 from ppo_rlhf.train.sft import CompletionModule, example_losses

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ppo_rlhf.evaluate.estimates import Estimate
 from ppo_rlhf.evaluate.evaluation import BestOfN, Evaluation
+from ppo_rlhf.statistics import Estimate
 
 LABELS = {
     "score": "score",
@@ -54,4 +54,4 @@ def _best_of_n(policy: str, curve: list[BestOfN]) -> Table:
 def _told(estimate: Estimate | None) -> str:
     if estimate is None:
         return "—"
-    return f"{estimate.value:.3f}  {estimate.low:.3f} to {estimate.high:.3f}"
+    return f"{estimate.value:.3f}  {estimate.interval(3)}"

@@ -19,7 +19,7 @@ from ppo_rlhf.evaluation_settings import EvaluationSettings
 from ppo_rlhf.models import load_policy
 from ppo_rlhf.run import checkpoints_in, is_whole, number_of
 from ppo_rlhf.sampling import SamplingSettings
-from ppo_rlhf.saved_runs import policy_folder, run_folder, run_settings, sampling_settings
+from ppo_rlhf.saved_runs import policy_source, run_folder, run_settings, sampling_settings
 from ppo_rlhf.settings import LoRASettings
 from ppo_rlhf.train.averaging import put_average
 
@@ -63,7 +63,7 @@ def source_of(name: str, settings: EvaluationSettings) -> str:
         if not (folder / "best").is_dir():
             raise UserError(f"{name} holds no best policy apart from its final one; leave --best out.")
         return str(folder / "best")
-    source = str(policy_folder(name)) if folder.is_dir() else name
+    source = policy_source(name)
     if run_settings(name) and source == str(folder):
         raise UserError(f"{name} holds no policy: end the run by --resume, or name one of its checkpoints by --step.")
     return source

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo_rlhf.records import STAGES, Record
+from ppo_rlhf.settings import flat
 
 APART = {"output_dir", "resume", "seed", "log_with", "eval_every", "save_every", "keep_checkpoints", "pictures"}
 """Settings in which the runs of a group differ: they change nothing that is trained, but for the seed."""
@@ -60,18 +61,9 @@ def root_of(record: Record) -> Path:
 
 def comparable(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Settings by dotted name, but for the seed and where the run lies; of a path its last part alone."""
-    for name, value in flat(config):
+    for name, value in flat(config).items():
         if name.split(".")[-1] not in APART:
             yield name, Path(value).name if _is_path(value) else value
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """All settings by their dotted names."""
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def differences(groups: Sequence[Group]) -> list[tuple[str, list[Any]]]:

@@ -55,6 +55,7 @@ def _page(records: Sequence[Record], findings: Sequence[Mapping[str, Any]] | Non
         comparisons=[(_stage_name(stage), *_comparison(members)) for stage, members in stages if len(members) > 1],
         frontier=frontier,
         stages=[_stage(*stage, pairs) for stage, pairs in zip(stages, by_stage, strict=True)],
+        legend_title="Runs shown",
         legend=list(zip(names, charts.colours_of(names), strict=True)),
         library=drawn.library,
         script=drawn.script,

@@ -21,6 +21,7 @@ def write_study(folder: Path) -> Path:
         title=document.title,
         text=document.text,
         sections=[(each, [(chart, next(places)) for chart in each.charts]) for each in document.sections],
+        legend_title="Series shown",
         legend=list(zip(names, charts.colours_of(names), strict=True)),
         library=drawn.library,
         script=drawn.script,

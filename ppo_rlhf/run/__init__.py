@@ -4,7 +4,6 @@ from ppo_rlhf.run.checkpoints import LoopState, checkpoints_in, is_whole, number
 from ppo_rlhf.run.folder import (
     SAMPLES_KEPT,
     Run,
-    flat,
     is_finished,
     matmul_precision_of,
     new_folder,
@@ -34,7 +33,6 @@ __all__ = [
     "begin",
     "checkpoints_in",
     "end_processes",
-    "flat",
     "gathered",
     "in_main_process",
     "is_finished",

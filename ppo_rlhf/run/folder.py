@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +34,7 @@ from ppo_rlhf.run.checkpoints import (
 from ppo_rlhf.run.lock import lock
 from ppo_rlhf.run.progress import StepProgress
 from ppo_rlhf.run.stopping import StopRequest
+from ppo_rlhf.settings import ARGUMENTS
 
 # What a resumed run may change, for it changes nothing that is trained, or tells where a server is now; and how long it
 # trains, until it is finished.
@@ -119,21 +120,22 @@ def refuse_changes(
     """
     if may_change is None:
         may_change = HOW_OFTEN if is_finished(folder) else HOW_OFTEN | HOW_LONG
-    before = flat(old)
-    for name, value in flat(_plain(new)).items():
-        if before.get(name, value) != value and name.split(".")[0] not in may_change:
+    for name, before, value in _changes(old, _plain(new)):
+        if name.split(".")[0] not in may_change:
             raise UserError(
-                f"{folder} was started with {prefix}{name}={before[name]!r}, not {value!r}: a resumed run keeps what "
-                "it trains. Give another --output-dir for another run."
+                f"{folder} was started with {prefix}{name}={before!r}, not {value!r}: a resumed run keeps what it "
+                "trains. Give another --output-dir for another run."
             )
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by their dotted names."""
-    named: dict[str, Any] = {}
-    for name, value in settings.items():
-        named.update(flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
-    return named
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Settings of other values: dotted name, before, now. One that `old` lacks is none of them."""
+    for name, value in new.items():
+        before = old.get(name, value)
+        if isinstance(before, dict) and isinstance(value, dict) and name not in ARGUMENTS:
+            yield from _changes(before, value, f"{prefix}{name}.")
+        elif before != value:
+            yield f"{prefix}{name}", before, value
 
 
 def matmul_precision_of(folder: Path, configured: str, device: torch.device) -> str:

@@ -12,7 +12,7 @@ from ppo_rlhf.config import ADVANTAGES, PPOConfig
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.prompts import PromptBatch
 from ppo_rlhf.references import check_arguments, is_reference, load_callable
-from ppo_rlhf.sampling import Responses, Sampler, sample
+from ppo_rlhf.sampling import FinishedRows, Responses, Sampler, sample
 from ppo_rlhf.settings import Extension
 from ppo_rlhf.train import Callback
 from ppo_rlhf.train.ppo_credit import AdvantageEstimator, RewardShaping, response_advantages, token_rewards
@@ -80,18 +80,37 @@ def _extension(source: str | Extension) -> Extension:
 
 
 def _checked_sampler(sampler: Sampler) -> Sampler:
-    """The sampler, whose responses must be a token or more for each prompt."""
+    """The sampler, whose responses must be a token or more for each prompt, each told to on_finished once or none."""
 
     def checked(
-        language_model: Any, tokenizer: Any, prompts: PromptBatch, *arguments: Any, **options: Any
+        language_model: Any,
+        tokenizer: Any,
+        prompts: PromptBatch,
+        *arguments: Any,
+        on_finished: FinishedRows | None = None,
+        **options: Any,
     ) -> Responses:
-        found = sampler(language_model, tokenizer, prompts, *arguments, **options)
+        told: list[int] = []
+
+        def noted(rows: list[int], responses: Responses) -> None:
+            told.extend(rows)
+            if on_finished is not None:
+                on_finished(rows, responses)
+
+        noting = None if on_finished is None else noted
+        found = sampler(language_model, tokenizer, prompts, *arguments, on_finished=noting, **options)
+        if told and sorted(told) != list(range(len(prompts))):
+            raise UserError(
+                f"the sampler told on_finished of {len(told)} rows, {len(set(told))} different ones; it must tell of "
+                f"each of the {len(prompts)} once, or of none."
+            )
         if not isinstance(found, Responses):
             raise UserError(f"the sampler must return ppo_rlhf.sampling.Responses, not {type(found).__name__}.")
         if not len(found.ids) == len(found.mask) == len(found.finished) == len(found.texts) == len(prompts):
             raise UserError(f"the sampler returned {len(found.ids)} responses to {len(prompts)} prompts.")
-        if not found.mask[:, 0].all() or (found.mask[:, 1:] & ~found.mask[:, :-1]).any():
+        if not found.mask.any(1).all() or (found.mask[:, 1:] & ~found.mask[:, :-1]).any():
             raise UserError("the sampler's mask must be True from each response's first token through its last.")
+        _like(found.mask, found.ids, "the sampler's ids")
         if found.logprobs is not None:
             _like(found.mask, found.logprobs, "the sampler's logprobs")
         return found

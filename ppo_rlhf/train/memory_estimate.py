@@ -28,7 +28,7 @@ from ppo_rlhf.packing import ROW_BUCKET
 from ppo_rlhf.policy import PolicyWithValue
 from ppo_rlhf.references import is_reference
 from ppo_rlhf.rewards import RewardFunction, RewardModel, load_reward
-from ppo_rlhf.sampling import cache_room
+from ppo_rlhf.sampling.decoding import cache_room
 from ppo_rlhf.settings import SamplingSettings
 from ppo_rlhf.train.inputs import named
 from ppo_rlhf.train.ppo_parts import load_prompts, value_model_of

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -184,6 +185,15 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(monkeypatch, capfd):
     folder, line = capfd.readouterr().err.splitlines()
     assert folder == "runs/classic-0001 holds no checkpoint yet."
     assert "--resume" in line
+
+
+def test_a_job_in_the_background_hears_an_interrupt_before_its_run_begins(monkeypatch, capfd):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts it
+    monkeypatch.setattr(ppo, "run", lambda config: signal.raise_signal(signal.SIGINT))
+    try:
+        assert main(["train", "CartPole-v1"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from_without_being_asked_for_one(monkeypatch, capfd):

@@ -8,6 +8,7 @@ import torch
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.evaluate.estimates import distinct_estimate, mean_estimate, perplexity_estimate, share_estimate
 from ppo_rlhf.evaluate.win_rates import wins_by_judge, wins_by_score
+from ppo_rlhf.measures import NUM_NGRAMS
 
 
 def clustered(generator, prompts, samples):
@@ -58,6 +59,13 @@ def test_the_interval_of_distinct_n_covers_what_other_texts_of_that_number_have_
     found = [distinct_estimate(texts(), 1) for _ in range(100)]
     mean = sum(each.value for each in found) / 100
     assert sum(each.low <= mean <= each.high for each in found) >= 90
+
+
+def test_texts_that_distinct_n_does_not_reach_leave_its_interval_alone():
+    generator = torch.Generator().manual_seed(4)
+    texts = [" ".join(map(str, row)) for row in torch.randint(500, (200, 50), generator=generator).tolist()]
+    assert NUM_NGRAMS == 60 * 50
+    assert distinct_estimate(texts, 1) == distinct_estimate(texts[:61], 1)
 
 
 def test_a_share_of_all_still_has_an_interval():

@@ -43,6 +43,7 @@ def test_the_page_shows_the_text_the_tables_and_the_charts_in_one_file(folder):
     assert path == folder / "report.html"
     assert "<title>A study</title>" in page
     assert "First &amp; last" in page
+    assert "Runs shown" not in page
     assert '<th scope="row">a|b</th><td>&lt;1&gt;</td>' in page
     assert page.count('class="picture"') == 1
     assert "<one>" not in page.split("<script", 1)[0]

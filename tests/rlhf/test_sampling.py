@@ -16,9 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
-from ppo_rlhf import sampling
 from ppo_rlhf.errors import UserError
-from ppo_rlhf.sampling import SamplingSettings, draw, sample, stop_ids_of, warn_of_truncation
+from ppo_rlhf.sampling import SamplingSettings, decoding, draw, sample, stop_ids_of, warn_of_truncation
 from ppo_rlhf.seeding import uniform_rows
 
 LENGTH = 12
@@ -358,7 +357,7 @@ def test_a_row_is_handed_out_before_the_longest_one_has_ended(tokenizer, several
     prompts, noise = cases.prompt_batch(tokenizer, cases.TEXTS * 2), noise_for(8)
     chosen = SamplingSettings(max_new_tokens=LENGTH, stop_token_ids=several_stops)
     steps, handed_out = [], {}
-    monkeypatch.setattr(sampling, "draw", lambda *arguments: steps.append(1) or draw(*arguments))
+    monkeypatch.setattr(decoding, "draw", lambda *arguments: steps.append(1) or draw(*arguments))
     responses = sample(
         cases.make_model(),
         tokenizer,

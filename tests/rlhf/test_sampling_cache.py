@@ -14,12 +14,12 @@ from torch import nn
 from torch._dynamo.utils import counters
 from transformers import MistralConfig, MistralForCausalLM
 
-from ppo_rlhf import forwards, sampling
+from ppo_rlhf import forwards
 from ppo_rlhf.forwards import functional_forward, is_functional, models_own_forward, product_with
 from ppo_rlhf.kv_cache import ColumnCache
 from ppo_rlhf.policy import response_logprobs
 from ppo_rlhf.rollout import inputs_of
-from ppo_rlhf.sampling import SamplingSettings, decode, sample
+from ppo_rlhf.sampling import SamplingSettings, decode, decoding, draw, sample
 from ppo_rlhf.seeding import uniform_rows
 
 LENGTH = 12
@@ -55,7 +55,7 @@ def lines(tokenizer):
 @pytest.fixture
 def forward_sizes(monkeypatch):
     """How many rows and tokens each forward pass reads."""
-    sizes, original = [], sampling.forward_of
+    sizes, original = [], decoding.forward_of
 
     def counted(model, **options):
         forward = original(model, **options)
@@ -66,7 +66,7 @@ def forward_sizes(monkeypatch):
 
         return counting
 
-    monkeypatch.setattr(sampling, "forward_of", counted)
+    monkeypatch.setattr(decoding, "forward_of", counted)
     return sizes
 
 
@@ -74,7 +74,7 @@ def forward_sizes(monkeypatch):
 def test_waiting_prompts_that_enter_as_others_end_get_the_responses_of_all_at_once(
     architecture, tokenizer, lines, monkeypatch, spare
 ):
-    monkeypatch.setattr(sampling, "SPARE_COLUMNS", spare)
+    monkeypatch.setattr(decoding, "SPARE_COLUMNS", spare)
     model = float64_model(architecture)
     expected = decoded(model, tokenizer, lines)
     assert len({len(line) for line in expected}) > 4  # rows did end at different times
@@ -119,7 +119,7 @@ def test_a_step_of_fixed_shape_compiles_into_one_graph_with_the_same_responses(
         graph = torch.compile(forward, backend="eager", fullgraph=True)
         return lambda ids, *others: (graph if ids.shape == (num_rows, 1) else forward)(ids, *others)
 
-    monkeypatch.setattr(sampling, "forward_of", compiled)
+    monkeypatch.setattr(decoding, "forward_of", compiled)
     torch._dynamo.reset()
     counters.clear()
     assert decoded(model, tokenizer, lines, batch_size=5, static=True) == expected
@@ -130,7 +130,7 @@ def test_the_cap_on_cached_tokens_lowers_the_rows_and_changes_no_response(tokeni
     model = float64_model("gpt2")
     expected = decoded(model, tokenizer, lines)
     forward_sizes.clear()
-    columns = max(map(len, lines)) - 1 + LENGTH + sampling.SPARE_COLUMNS
+    columns = max(map(len, lines)) - 1 + LENGTH + decoding.SPARE_COLUMNS
     assert decoded(model, tokenizer, lines, cached_tokens=3 * columns + 1) == expected
     assert max(rows for rows, _ in forward_sizes) == 3
     assert decoded(model, tokenizer, lines, cached_tokens=1) == expected
@@ -151,7 +151,7 @@ def test_prompts_of_like_length_are_read_together(architecture, tokenizer, lines
     model = float64_model(architecture)
     expected = decoded(model, tokenizer, lines)
     forward_sizes.clear()
-    monkeypatch.setattr(sampling, "TOKENS_READ_TOGETHER", (20, 20))
+    monkeypatch.setattr(decoding, "TOKENS_READ_TOGETHER", (20, 20))
     assert decoded(model, tokenizer, lines) == expected
     read = [shape for shape in forward_sizes if shape[1] > 1]
     assert len(read) > 3
@@ -172,7 +172,7 @@ def test_a_beginning_that_all_prompts_share_is_read_once(architecture, tokenizer
     shared = decoded(model, tokenizer, prompts, batch_size=5)
     assert forward_sizes[0] == (1, 9)  # and the tenth with each prompt, so that none is left without a token
     assert all(length <= 10 for _, length in forward_sizes[1:])
-    monkeypatch.setattr(sampling, "MIN_SHARED_PREFIX", 1000)
+    monkeypatch.setattr(decoding, "MIN_SHARED_PREFIX", 1000)
     assert decoded(model, tokenizer, prompts, batch_size=5) == shared
 
 
@@ -191,7 +191,7 @@ def test_a_model_with_windows_shares_no_beginning_and_still_samples_as_its_plain
             with torch.no_grad():
                 logits = model(torch.tensor([ids]), use_cache=False).logits[:, -1]
             step = len(ids) - len(prompt)
-            ids.append(int(sampling.draw(logits, noise[row, step : step + 1], SamplingSettings())[0]))
+            ids.append(int(draw(logits, noise[row, step : step + 1], SamplingSettings())[0]))
             if ids[-1] in STOPS:
                 break
         expected.append(ids[len(prompt) :])
@@ -324,7 +324,7 @@ def test_the_cache_is_freed_with_the_sampler(tokenizer, monkeypatch):
             super().__init__(*arguments, **options)
             caches.append(weakref.ref(self))
 
-    monkeypatch.setattr(sampling, "ColumnCache", Watched)
+    monkeypatch.setattr(decoding, "ColumnCache", Watched)
     gc.disable()  # without the collector's help
     try:
         sample(

@@ -18,7 +18,7 @@ from ppo_rlhf import compute, pipeline
 from ppo_rlhf.cli import main
 from ppo_rlhf.config import ComparisonConfig, MissingEOS, PipelineConfig, PPOConfig, RewardConfig, SFTConfig
 from ppo_rlhf.errors import UserError
-from ppo_rlhf.run import Run, matmul_precision_of
+from ppo_rlhf.run import Run, matmul_precision_of, refuse_changes
 from ppo_rlhf.settings import OptimizerSettings, PPOSettings, SamplingSettings
 from ppo_rlhf.train import inputs, ppo, reward_model, sft
 
@@ -449,6 +449,28 @@ def test_a_resumed_pipeline_refuses_by_name_what_would_change_a_stage_that_was_r
     assert len(told.splitlines()) == 1
     assert f"was started with {name}={values}: " in told
     assert before == {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+
+
+OWN = {"name": "mine.py:mine", "arguments": {"weight": 2}}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "name"),
+    [
+        ({"advantage": "gae"}, {"advantage": OWN}, "advantage"),
+        ({"advantage": OWN}, {"advantage": "gae"}, "advantage"),
+        ({"reward_shaping": None}, {"reward_shaping": OWN}, "reward_shaping"),
+        ({"advantage": OWN}, {"advantage": {**OWN, "arguments": {}}}, "advantage.arguments"),
+        ({"environment": {"env_kwargs": {"g": 9}}}, {"environment": {"env_kwargs": {}}}, "environment.env_kwargs"),
+    ],
+)
+def test_a_resumed_run_refuses_another_function_and_other_arguments(before, now, name):
+    with pytest.raises(UserError, match=f"was started with {name}="):
+        refuse_changes(Path("out"), before, now)
+
+
+def test_a_resumed_run_may_have_settings_that_it_was_started_without():
+    refuse_changes(Path("out"), {"ppo": {"num_epochs": 2}}, {"ppo": {"num_epochs": 2, "new": 1}, "value_lr": None})
 
 
 def test_a_resumed_pipeline_may_change_a_stage_that_was_not_begun(cut_pipeline):

@@ -8,7 +8,6 @@ import pytest
 import torch
 from tiny_runs import STOPS, metrics_of, without_times
 
-from ppo_rlhf import sampling
 from ppo_rlhf.config import PPOConfig
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.models import frozen_copy, load_policy
@@ -16,6 +15,7 @@ from ppo_rlhf.policy import response_logprobs
 from ppo_rlhf.prompts import Prompts
 from ppo_rlhf.rewards import Scores
 from ppo_rlhf.rollout import Rollout
+from ppo_rlhf.sampling import Responses, decoding, sample
 from ppo_rlhf.settings import OptimizerSettings, PPOSettings, SamplingSettings
 from ppo_rlhf.train import ppo, ppo_batch
 from ppo_rlhf.train.ppo_batch import Batch, joined, restored_batch, tensors_of
@@ -62,7 +62,7 @@ def test_scores_do_not_depend_on_overlap(group_size, models, data):
 
 def test_scoring_begins_while_others_are_still_sampled(models, data, monkeypatch):
     began, events = threading.Event(), []
-    draw = sampling.draw
+    draw = decoding.draw
 
     def reward(prompts, responses, **columns):
         if len(prompts) == 1:  # one response of a rollout, not an evaluation
@@ -80,9 +80,9 @@ def test_scoring_begins_while_others_are_still_sampled(models, data, monkeypatch
             assert began.wait(PATIENCE)
 
         events.clear()
-        return sampling.sample(*arguments, on_finished=handed_out, **options)
+        return sample(*arguments, on_finished=handed_out, **options)
 
-    monkeypatch.setattr(sampling, "draw", noted_draw)
+    monkeypatch.setattr(decoding, "draw", noted_draw)
     ppo.train(config_of(models, data, num_steps=1, overlap_scoring=1), reward=reward, sampler=patient_sample)
     assert events.count("scored") == 8
     assert "token" in events[events.index("scored") :]
@@ -178,7 +178,7 @@ def saved_batch(prompts, widths, generator):
     def numbers(*shape):
         return torch.rand(*shape, generator=generator)
 
-    responses = sampling.Responses(
+    responses = Responses(
         ids=torch.where(mask, torch.randint(70, 90, mask.shape, generator=generator), 1),
         mask=mask,
         finished=torch.tensor([True, False]),

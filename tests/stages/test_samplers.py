@@ -109,6 +109,12 @@ def flat(*arguments, **options):
     responses = sample(*arguments, **options)
     return replace(responses, logprobs=responses.logprobs.sum(1))
 
+def twice(*arguments, on_finished, **options):
+    responses = sample(*arguments, **options)
+    on_finished([0], replace(responses, ids=responses.ids[:1], mask=responses.mask[:1]))
+    on_finished(list(range(len(responses.ids))), responses)
+    return responses
+
 number = 3
 """
 
@@ -156,13 +162,14 @@ def test_a_sampler_that_cannot_be_had_is_refused_before_anything_is_written(samp
         ("texts", "the sampler must return ppo_rlhf.sampling.Responses, not list"),
         ("one", "the sampler returned 1 responses to 8 prompts"),
         ("flat", r"the sampler's logprobs must be a tensor of shape \(8, \d\), \(B, T\), not \(8,\)"),
+        ("twice", "told on_finished of 9 rows, 8 different ones; it must tell of each of the 8 once, or of none"),
         ("nothing", "mask must be True from each response's first token through its last"),
     ],
 )
 def test_what_is_no_response_to_each_prompt_is_refused(name, message, models, data):
     Path("samplers.py").write_text(SAMPLERS)
     with pytest.raises(UserError, match=message):
-        ppo.train(config_of(models, data, sampler=f"samplers.py:{name}"))
+        ppo.train(config_of(models, data, sampler=f"samplers.py:{name}", overlap_scoring=2))
 
 
 # ------------------------------------------------------------------------------------------------- a vLLM server
