@@ -8,6 +8,7 @@ from ppo_rlhf.data.formats import (
     prompt_and_response_ids,
     prompt_texts_and_ids,
     prompts_and_completions,
+    responses_in_tokens,
 )
 from ppo_rlhf.data.rows import Row, Rows, held_out, renamed, stream, text_column
 from ppo_rlhf.data.sources import check_preferences, is_database, load_rows, preferences_store
@@ -30,6 +31,7 @@ __all__ = [
     "prompt_texts_and_ids",
     "prompts_and_completions",
     "renamed",
+    "responses_in_tokens",
     "stream",
     "text_column",
     "with_chat_template",

@@ -18,6 +18,7 @@ from ppo_rlhf.messages import Message, messages_of, num_shared, split_chats
 from ppo_rlhf.settings import TooLong
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 WAY_OUT = "columns are given other names, or left out, by --columns '{theirs: prompt, another: null}'"
@@ -196,6 +197,22 @@ def _answers(
     both = [rendered_response(tokenizer, asked, answer, where, arguments) for answer in answers]
     place = num_shared(*(text for text, _ in both))
     return both[0][0][:place], [(text + said)[place:] for text, said in both]
+
+
+def responses_in_tokens(
+    prompts: Sequence[str], responses: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase
+) -> Dataset:
+    """Each response to each prompt as an example, in a row: the prompt, then the response and eos, which count as
+    learnt; cached on disk.
+    """
+    rows = [{"prompt": prompt, "responses": said} for prompt, said in zip(prompts, responses, strict=True)]
+
+    def examples() -> Iterator[Example]:
+        for prompt, said in zip(prompts, responses, strict=True):
+            for before, after in prompt_and_response_ids(tokenizer, [prompt] * len(said), said):
+                yield Example([*before, *after], [False] * len(before) + [True] * len(after))
+
+    return stored(examples, key_of(rows, tokenizer))
 
 
 # ------------------------------------------------------------------------------------------------------- prompts

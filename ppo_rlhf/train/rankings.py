@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ppo_rlhf.data import Rows, prompt_and_response_ids, text_column
+from ppo_rlhf.data import Rows, responses_in_tokens, text_column
 from ppo_rlhf.errors import UserError, did_you_mean
 from ppo_rlhf.settings import Ties
 
@@ -143,25 +143,27 @@ def fitting(
     too_long: Literal["left", "drop", "refuse"],
     setting: str,
 ) -> EncodedRankings:
-    """The rankings in tokens, none with more than `longest`; too_long: see `RewardConfig`.
+    """The rankings in tokens, cached on disk, none with more than `longest`; too_long: see `RewardConfig`.
 
     Raises UserError for a longer one that is refused, and where none fits.
     """
+    prompts, responses = [each.prompt for each in rankings], [each.responses for each in rankings]
+    table = responses_in_tokens(prompts, responses, tokenizer)
+    lines = zip(table["ids"], table["start"], strict=True)
     kept, encoded, num_cut = [], [], 0
     for ranking in rankings:
-        prompts = [ranking.prompt] * len(ranking.responses)
-        sides = prompt_and_response_ids(tokenizer, prompts, ranking.responses)
-        length = max(len(prompt) + len(response) for prompt, response in sides)
+        sides = list(itertools.islice(lines, len(ranking.responses)))
+        length = max(len(ids) for ids, _ in sides)
         if length > longest and too_long == "refuse":
             raise UserError(
                 f"{setting}: a comparison has {length} tokens with its prompt, but {longest} fit; set too_long to drop "
                 f"such, or to cut their prompts on the left. It begins {ranking.prompt[:40]!r}."
             )
-        if length > longest and (too_long == "drop" or max(len(response) for _, response in sides) > longest):
+        if length > longest and (too_long == "drop" or max(len(ids) - start for ids, start in sides) > longest):
             continue
         num_cut += length > longest
         kept.append(ranking)
-        encoded.append([[*prompt, *response][-longest:] for prompt, response in sides])
+        encoded.append([ids[-longest:] for ids, _ in sides])
     if not kept:
         raise UserError(
             f"{setting}: each comparison has a response longer than the reward model's context, or than max_length."

@@ -426,6 +426,36 @@ def test_long_comparisons_lose_the_beginning_of_their_prompt_or_are_dropped_and_
         fitting(rankings, tokenizer, longest=longest, too_long="refuse", setting="data")
 
 
+COMPARED = {"prompt": [USER], "chosen": [ANSWER], "rejected": [LAST]}
+
+
+def encoded(row, tokenizer, longest=99):
+    rankings = rankings_of(comparisons([row], tokenizer, setting="data"), setting="data")
+    return fitting(rankings, tokenizer, longest=longest, too_long="left", setting="data").encoded
+
+
+def test_the_tokens_of_comparisons_are_read_back_where_nothing_changed(chat_tokenizer, monkeypatch):
+    first = encoded(COMPARED, chat_tokenizer)
+    monkeypatch.setattr("ppo_rlhf.data.formats.prompt_and_response_ids", None)  # not called again
+    assert encoded(COMPARED, chat_tokenizer) == first
+    assert encoded(COMPARED, chat_tokenizer, longest=20) == [[ids[-20:] for ids in first[0]]]
+
+
+def test_comparisons_are_encoded_anew_where_a_row_the_template_or_the_tokenizer_changed(chat_tokenizer, monkeypatch):
+    encoded(COMPARED, chat_tokenizer)
+    monkeypatch.setattr("ppo_rlhf.data.formats.prompt_and_response_ids", None)
+    with pytest.raises(TypeError):
+        encoded(COMPARED | {"rejected": [ANSWER | {"content": "no."}]}, chat_tokenizer)
+    template = chat_tokenizer.chat_template
+    chat_tokenizer.chat_template = template + "!"
+    with pytest.raises(TypeError):
+        encoded(COMPARED, chat_tokenizer)
+    chat_tokenizer.chat_template = template
+    chat_tokenizer.add_tokens("the sky")
+    with pytest.raises(TypeError):
+        encoded(COMPARED, chat_tokenizer)
+
+
 # ------------------------------------------------------------------------------------------------------- prompts
 
 

@@ -1,18 +1,20 @@
 """Each format trains: two steps on rows of it, a value checked; and `inspect-data` shows what is trained on."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny_models
 import tiny_runs
 import torch
-from tiny_runs import STOPS, metrics_of
+from tiny_runs import STOPS, metrics_of, without_times
 
 from ppo_rlhf.cli import main
 from ppo_rlhf.config import PPOConfig, RewardConfig, SFTConfig
 from ppo_rlhf.data import demonstrations
 from ppo_rlhf.models import load_policy
+from ppo_rlhf.preferences import Pair, Store
 from ppo_rlhf.rewards import RewardModel
 from ppo_rlhf.settings import OptimizerSettings, PPOSettings, SamplingSettings
 from ppo_rlhf.train import ppo, reward_model, sft
@@ -147,6 +149,33 @@ def test_comparisons_of_each_format_teach_to_tell_their_responses_apart(row, pro
     ids = tuned.encode([sample["prompt"]], [SAID])[0]
     prompt_ids = tuned.tokenizer(sample["prompt"])["input_ids"]
     assert ids == [*prompt_ids, *tuned.tokenizer(SAID)["input_ids"], tuned.tokenizer.eos_token_id]
+
+
+def test_what_people_choose_on_conversations_is_learnt_by_the_chat_template_as_from_a_file(chat_model):
+    asked = [[USER, GOOD, USER | {"content": "red fish" + "?" * number}] for number in range(8)]
+    store = Store.open("sqlite:///preferences.db", setting="--db")
+    store.add("work", [Pair(messages, [SAID, OTHER]) for messages in asked])
+    rows = []
+    while (deal := store.deal("work", "ada")) is not None:
+        store.choose(deal.number, "ada", "left")
+        ranks = [1, 2] if deal.shown == [0, 1] else [2, 1]
+        rows.append({"prompt": deal.pair.prompt, "responses": deal.pair.responses, "ranks": ranks})
+    store.close()
+    assert len(rows) == 8
+
+    config = RewardConfig(policy=chat_model, normalization_prompts=2, sampling=SAMPLING, **SHARED)
+    tokenizer = load_policy(chat_model, setting="test")[1]
+    read = {}
+    for source in ("sqlite:///preferences.db", tiny_runs.write_rows("rows.jsonl", rows)):
+        folder = Path(source).stem
+        reward_model.train(replace(config, data=source, output_dir=folder))
+        _, *both = reward_model.load_rankings(replace(config, data=source), None, tokenizer, 99)
+        read[folder] = [lines for side in both for lines in side.encoded]
+    assert read["preferences"] == read["rows"]
+    assert without_times(metrics_of("preferences")) == without_times(metrics_of("rows"))
+    heads = [tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] for messages in asked]
+    ends = [tokenizer(text + END)["input_ids"] for text in (SAID, OTHER)]
+    assert sorted(read["preferences"]) == sorted([head + end for end in ends] for head in heads)
 
 
 def test_conversations_are_responded_to_after_the_head_of_an_answer_and_rewards_see_them(chat_model):
