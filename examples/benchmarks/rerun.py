@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ppo_rlhf.errors import Interrupted, UserError
 from ppo_rlhf.run import is_finished, strict_json, write_text
@@ -131,7 +131,7 @@ def mean_of(figure: str, summaries: Sequence[Mapping[str, Any]]) -> float | None
 
 def show(findings: Sequence[Finding]) -> None:
     """The findings as a table."""
-    table = Table("result", "figure", "now", "interval", "verdict")
+    table = Table("result", Column("figure", overflow="fold"), "now", "interval", "verdict")
     for each in findings:
         now = "–" if each.value is None else f"{each.value:.3f}"
         interval = f"{each.low:.3f} to {each.high:.3f}"
