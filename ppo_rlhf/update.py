@@ -108,16 +108,19 @@ def ppo_update(
             if after_epoch is not None and len(history) % settings.num_minibatches == 0:
                 after_epoch()
 
-    steps = torch.stack(history) if history else torch.zeros(0, len(names) + 1)
+    averages = _averages(history, [*names, "grad_norm"])
+    left_out = settings.num_epochs * settings.num_minibatches - len(history)
+    return {**averages, "policy/first_kl": float(first_kl), "stopped_steps": left_out}
+
+
+def _averages(history: Sequence[Tensor], names: Sequence[str]) -> dict[str, float]:
+    """Means of the statistics over the steps whose last one, the gradient's norm, is finite; and how many are and are
+    not. NaN where no step was taken.
+    """
+    steps = torch.stack(list(history)) if history else torch.zeros(0, len(names))
     finite = steps[:, -1].isfinite()
-    averages = steps[finite].mean(0).tolist()  # NaN where no step was taken
-    return {
-        **dict(zip([*names, "grad_norm"], averages, strict=True)),
-        "policy/first_kl": float(first_kl),
-        "optimizer_steps": int(finite.sum()),
-        "skipped_steps": int((~finite).sum()),
-        "stopped_steps": settings.num_epochs * settings.num_minibatches - len(steps),
-    }
+    averages = dict(zip(names, steps[finite].mean(0).tolist(), strict=True))
+    return {**averages, "optimizer_steps": int(finite.sum()), "skipped_steps": int((~finite).sum())}
 
 
 def measured_kl(

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,24 +46,17 @@ def run_grid(jobs: Sequence[Job], *, workers: int, title: str = "runs") -> None:
     done = len(jobs) - len(waiting)
     progress = StepProgress(title, len(jobs), enabled=True)
     progress.tell(f"{title}: {len(jobs)}, of which {done} are finished; {workers} at a time")
-    stop, at_once = StopRequest(tells=True), threading.Event()
+    stop = StopRequest(tells=True)
     failed = []
     stop.listen()
     try:
-        with ThreadPoolExecutor(workers) as pool:
-            futures = {pool.submit(_carry_out, job, stop, at_once): job for job in waiting}
-            try:
-                for future in as_completed(futures):
-                    job, code = futures[future], future.result()
-                    if code == 0:
-                        done += 1
-                        progress.show(done, {})
-                    elif not stop.signal:
-                        failed.append(job)
-                        progress.tell(f"{job.name} failed with exit code {code}: {_last_line(job.log)}")
-            except KeyboardInterrupt:
-                at_once.set()
-                raise
+        for job, code in _ended(waiting, workers, stop):
+            if code == 0:
+                done += 1
+                progress.show(done, {})
+            elif not stop.signal:
+                failed.append(job)
+                progress.tell(f"{job.name} failed with exit code {code}: {_last_line(job.log)}")
     finally:
         stop.forget()
         progress.close()
@@ -74,9 +67,21 @@ def run_grid(jobs: Sequence[Job], *, workers: int, title: str = "runs") -> None:
         raise UserError(f"{len(failed)} of {len(jobs)} runs failed: see {logs}. --resume tries them again.")
 
 
+def _ended(jobs: Sequence[Job], workers: int, stop: StopRequest) -> Iterator[tuple[Job, int | None]]:
+    """Carries the jobs out; each as it ends, with its exit code. Where the iterator is left, what runs is killed."""
+    at_once = threading.Event()
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {pool.submit(_carry_out, job, stop, at_once): job for job in jobs}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            at_once.set()
+
+
 def _carry_out(job: Job, stop: StopRequest, at_once: threading.Event) -> int | None:
     """Runs a job's command to its end → its exit code; None where it was not begun, since all is to stop."""
-    if stop.signal:
+    if stop.signal or at_once.is_set():
         return None
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as log:

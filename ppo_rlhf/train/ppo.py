@@ -39,7 +39,7 @@ from ppo_rlhf.train.bad_samples import bad_samples
 from ppo_rlhf.train.extensions import Extensions, load_extensions
 from ppo_rlhf.train.ppo_batch import Batch, Scoring, prompts_of, restored_batch, scoring_thread, with_batch_ahead
 from ppo_rlhf.train.ppo_credit import AdvantageEstimator, RewardShaping, response_advantages
-from ppo_rlhf.train.ppo_evaluation import evaluate_held_out, summary_of
+from ppo_rlhf.train.ppo_evaluation import Outcome, evaluate_held_out, summary_of
 from ppo_rlhf.train.ppo_parts import Parts, load_parts
 from ppo_rlhf.train.ppo_records import (
     Clock,
@@ -84,19 +84,15 @@ def train(
     extensions = load_extensions(config, sampler, reward_shaping, advantage, callbacks)
     parts = load_parts(config, accelerator, policy, tokenizer, reference, reward, gold, prompts, extensions)
     # Before the folder is made: a reward function that fails leaves nothing behind.
-    start_state = LoopState(kl_coef=config.kl_coef)
-    before = None if config.resume else evaluate_held_out(parts, config, accelerator, start_state)
+    before = None if config.resume else evaluated_before(parts, config, accelerator)
     apart = parts.model.value_parameters()
     optimizer = make_optimizer(parts.model, config.optimizer, apart=apart, lr_apart=config.value_lr)
     model, optimizer = accelerator.prepare(parts.model, optimizer)
     with start.run(num_steps=config.num_steps) as run, scoring_thread() as worker:
         state = run.resume()
         if state is None:
-            before = before or evaluate_held_out(parts, config, accelerator, start_state)
-            state = replace(start_state, before=before.metrics)
-            if config.score_shaping.normalize == "reference":
-                state = replace(state, score_moments=reference_moments(before.metrics, len(before.rows)))
-            state = with_average(state, model, parts, config)
+            before = before or evaluated_before(parts, config, accelerator)
+            state = with_average(first_state(before, config), model, parts, config)
             run.log(0, before.metrics)
             run.log_held_out(0, before.rows)
         for line in (compute.message, *parts.prompts.told()):
@@ -123,12 +119,32 @@ def train(
             run.stop_if_asked(state)
 
         summary = summary_of(state.before, state.after)
-        with whole_weights(model), averaged(parts.model.language_model, state.tensors):
-            run.save_model("policy", lambda path: parts.save_policy(path, config, summary))
-            if parts.model.value_head is not None:
-                head = parts.model.value_head
-                run.save_model("value_head", lambda path: save_value_head(head, path))
+        save_models(run, state, model, parts, config, summary)
         return run.finish(summary)
+
+
+def evaluated_before(parts: Parts, config: PPOConfig, accelerator: Accelerator) -> Outcome:
+    """The policy that the run starts from, on the held-out prompts."""
+    return evaluate_held_out(parts, config, accelerator, LoopState(kl_coef=config.kl_coef))
+
+
+def first_state(before: Outcome, config: PPOConfig) -> LoopState:
+    """The state before the first step; scores that are normalised by the reference have its moments from there on."""
+    state = LoopState(kl_coef=config.kl_coef, before=before.metrics)
+    if config.score_shaping.normalize == "reference":
+        state = replace(state, score_moments=reference_moments(before.metrics, len(before.rows)))
+    return state
+
+
+def save_models(
+    run: Run, state: LoopState, model: nn.Module, parts: Parts, config: PPOConfig, summary: dict[str, Any]
+) -> None:
+    """The policy, its average weights where the run keeps some, and its value head, each into a folder of the run's."""
+    with whole_weights(model), averaged(parts.model.language_model, state.tensors):
+        run.save_model("policy", lambda path: parts.save_policy(path, config, summary))
+        if parts.model.value_head is not None:
+            head = parts.model.value_head
+            run.save_model("value_head", lambda path: save_value_head(head, path))
 
 
 def collect(

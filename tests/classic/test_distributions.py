@@ -91,7 +91,7 @@ def references(distribution, parameters):
     return [td.Independent(td.Normal(mean, log_std.exp()), 1)]
 
 
-def close(actual, expected, *, atol: float = 1e-10) -> None:
+def assert_close(actual, expected, *, atol: float = 1e-10) -> None:
     torch.testing.assert_close(actual, expected, atol=atol, rtol=1e-9, check_dtype=False)
 
 
@@ -117,9 +117,11 @@ def test_logprobs_entropy_and_kl_are_those_of_torch_distributions(name, shape):
     if isinstance(distribution, SquashedGaussian):  # its own tests are below
         slope = (1 - torch.tanh(actions) ** 2).log() + torch.tensor([1.0, 2.5], dtype=torch.float64).log()
         logprob, entropy = logprob - slope.sum(-1), entropy + slope.sum(-1)
-    close(distribution.logprob(parameters, actions), logprob)
-    close(distribution.entropy(parameters, actions), entropy)
-    close(distribution.kl(parameters, others), sum(td.kl_divergence(*pair) for pair in zip(mine, theirs, strict=True)))
+    assert_close(distribution.logprob(parameters, actions), logprob)
+    assert_close(distribution.entropy(parameters, actions), entropy)
+    assert_close(
+        distribution.kl(parameters, others), sum(td.kl_divergence(*pair) for pair in zip(mine, theirs, strict=True))
+    )
     assert logprob.shape == shape
 
 
@@ -128,7 +130,7 @@ def test_many_rows_are_normalized_as_few_are(name):
     distribution = make(name)
     output = randn(3000, distribution.num_outputs)
     ((together,), few) = distribution(output, torch.empty(0)), output.split(10)
-    close(together, torch.cat([distribution(rows, torch.empty(0))[0] for rows in few]))
+    assert_close(together, torch.cat([distribution(rows, torch.empty(0))[0] for rows in few]))
 
 
 @every
@@ -160,7 +162,7 @@ def test_the_mode_of_continuous_actions_is_the_mean(name):
     distribution = make(name)
     output = randn(5, distribution.num_outputs)
     mean = output[:, :2]
-    close(distribution.mode(distribution(output, randn(5, NUM_FEATURES))), mean)
+    assert_close(distribution.mode(distribution(output, randn(5, NUM_FEATURES))), mean)
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------
@@ -183,7 +185,7 @@ def test_a_step_of_the_noise_gives_the_actions_of_that_step(name):
     noise = distribution.noise(5, 3, generator=generator())
     together = distribution.sample(parameters, noise, features)
     for t, step in enumerate(noise.unbind(0)):
-        close(distribution.sample(tuple(p[t] for p in parameters), step, features[t]), together[t])
+        assert_close(distribution.sample(tuple(p[t] for p in parameters), step, features[t]), together[t])
 
 
 @every
@@ -283,8 +285,8 @@ def test_a_masked_distribution_is_the_one_over_the_allowed_choices(name):
                 [td.Categorical(logits=part[: len(keep)][keep]) for part, keep in zip(parts, allowed, strict=True)]
                 for parts in (output[row].view(len(nvec), -1), other[row].view(len(nvec), -1))
             )
-        close(entropy[row], sum(part.entropy().sum() for part in mine))
-        close(kl[row], sum(td.kl_divergence(p, q).sum() for p, q in zip(mine, theirs, strict=True)))
+        assert_close(entropy[row], sum(part.entropy().sum() for part in mine))
+        assert_close(kl[row], sum(td.kl_divergence(p, q).sum() for p, q in zip(mine, theirs, strict=True)))
 
 
 @pytest.mark.parametrize("name", MASKED)
@@ -313,7 +315,7 @@ def test_where_all_is_forbidden_no_choice_is_drawn_that_does_not_exist():
     parameters = distribution(torch.zeros(5000, distribution.num_outputs), torch.empty(0), nothing)
     actions = distribution.sample(parameters, distribution.noise(5000, generator=generator()))
     assert (actions.max(0).values == torch.tensor(NVEC) - 1).all()
-    close(distribution.entropy(parameters, actions), torch.full((5000,), math.log(2 * 4 * 3)), atol=1e-5)
+    assert_close(distribution.entropy(parameters, actions), torch.full((5000,), math.log(2 * 4 * 3)), atol=1e-5)
 
 
 def test_forbidden_switches_stay_off_at_no_cost():
@@ -332,17 +334,17 @@ def test_forbidden_switches_stay_off_at_no_cost():
 def test_actions_are_stored_as_drawn_and_clipped_for_the_environment():
     distribution = Gaussian(HALF_OPEN)
     actions = torch.tensor([[-5.0, -5.0], [5.0, 5.0], [0.5, -0.5]])
-    close(distribution.to_environment(actions), torch.tensor([[-1.0, -5.0], [5.0, 3.0], [0.5, -0.5]]))
+    assert_close(distribution.to_environment(actions), torch.tensor([[-1.0, -5.0], [5.0, 3.0], [0.5, -0.5]]))
     assert Gaussian(UNBOUNDED).to_environment(actions) is actions
 
 
 def test_the_initial_standard_deviation_is_the_one_that_was_asked_for():
     for distribution in (Gaussian(BOX, initial_log_std=-2), Gaussian(BOX, initial_log_std=-2, state_dependent=True)):
         _, log_std = distribution(torch.zeros(3, distribution.num_outputs), torch.zeros(3, NUM_FEATURES))
-        close(log_std, torch.full((3, 2), -2.0))
+        assert_close(log_std, torch.full((3, 2), -2.0))
     exploring = StateDependentExploration(BOX, num_features=3, initial_log_std=-2)
     _, log_std = exploring(torch.zeros(1, 2), torch.tensor([[2.0, 0.0, 1.0]]))
-    close(log_std, torch.full((1, 2), -2 + 0.5 * math.log(5)), atol=1e-6)
+    assert_close(log_std, torch.full((1, 2), -2 + 0.5 * math.log(5)), atol=1e-6)
 
 
 @every
@@ -364,7 +366,7 @@ def test_a_standard_deviation_out_of_bounds_is_moved_back_and_stays_free_to_retu
     assert (parameters[1] == bound).all()
     distribution.entropy(parameters, torch.zeros(4, 2)).sum().backward()
     assert (distribution.log_std == bound).all()
-    close(distribution.log_std.grad, torch.full((2,), 4.0))
+    assert_close(distribution.log_std.grad, torch.full((2,), 4.0))
 
 
 def test_a_state_dependent_standard_deviation_stays_within_bounds():
@@ -395,8 +397,8 @@ def test_the_squashed_logprob_is_that_of_torch_s_transformed_distribution():
     actions = u
     for transform in transforms:
         actions = transform(actions)  # cached, so that the inverse is exact
-    close(distribution.to_environment(u), actions)
-    close(distribution.logprob(parameters, u), reference.log_prob(actions).sum(-1))
+    assert_close(distribution.to_environment(u), actions)
+    assert_close(distribution.logprob(parameters, u), reference.log_prob(actions).sum(-1))
 
 
 def test_squashed_logprobs_and_gradients_stay_finite_far_out():
@@ -450,7 +452,7 @@ def test_exploration_has_the_variance_of_the_closed_form():
     noise = distribution.noise(1, num, generator=generator())[0]
     z = (distribution.sample((mean, log_std), noise, features) - mean) / log_std.exp()
     by_hand = sum(features[0, i] ** 2 * (2 * distribution.log_std[i]).exp() for i in range(NUM_FEATURES)).sqrt()
-    close(log_std[0].exp(), by_hand)
+    assert_close(log_std[0].exp(), by_hand)
     assert (z.mean(0).abs() < 5 / math.sqrt(num)).all()
     assert ((z.var(0) - 1).abs() < 5 * math.sqrt(2 / num)).all()
 
@@ -508,10 +510,10 @@ def test_the_divergence_from_itself_is_zero_and_flat(name):
     old, _ = decided(distribution, 6)
     new = tuple(parameter.detach().clone().requires_grad_() for parameter in old)
     divergence = distribution.kl(tuple(parameter.detach() for parameter in old), new)
-    close(divergence, torch.zeros(6))
+    assert_close(divergence, torch.zeros(6))
     if name in CONTINUOUS or name == "switches":  # log-probabilities that need not add up to one are not flat
         for gradient in torch.autograd.grad(divergence.sum(), new):
-            close(gradient, torch.zeros_like(gradient))
+            assert_close(gradient, torch.zeros_like(gradient))
 
 
 @every
@@ -552,14 +554,16 @@ def hessian_of_kl(distribution, output):
 def test_the_hessian_of_the_divergence_is_the_fisher_matrix(name, outcomes):
     distribution = make(name)
     output = randn(distribution.num_outputs)
-    close(hessian_of_kl(distribution, output), fisher_by_outcomes(distribution, output, outcomes))
+    assert_close(hessian_of_kl(distribution, output), fisher_by_outcomes(distribution, output, outcomes))
 
 
 def test_the_hessian_of_a_gaussian_s_divergence_is_its_fisher_matrix():
     # Of N(mean, e^log_std): 1/std² for the mean, 2 for log_std, nothing between them.
     distribution = make("gaussian, state-dependent")
     output = randn(4)
-    close(hessian_of_kl(distribution, output), torch.diag(torch.cat([(-2 * output[2:]).exp(), torch.full((2,), 2.0)])))
+    assert_close(
+        hessian_of_kl(distribution, output), torch.diag(torch.cat([(-2 * output[2:]).exp(), torch.full((2,), 2.0)]))
+    )
 
 
 @every
@@ -633,7 +637,7 @@ def test_settings_reach_the_distribution():
     settings = NetworkSettings(gaussian="gsde", initial_log_std=-3.29, sde_sample_freq=4)
     distribution = make_distribution(BOX, num_features=8, settings=settings)
     assert distribution.sample_freq == 4
-    close(distribution.log_std, torch.full((8, 2), -3.29))
+    assert_close(distribution.log_std, torch.full((8, 2), -3.29))
     assert type(make_distribution(BOX, num_features=8)) is Gaussian
 
 

@@ -210,7 +210,7 @@ def test_memories_begin_anew_with_every_episode(mode, monkeypatch):
 def test_masks_are_kept_to_in_evaluation():
     env = cases.Allowed  # refuses what it forbids
     for deterministic in (True, False):
-        outcome_of(env, 3, policy_for(env), deterministic=deterministic)
+        assert len(outcome_of(env, 3, policy_for(env), deterministic=deterministic).returns) == 3
 
 
 def test_evaluation_draws_nothing_from_torch_s_own_generator():

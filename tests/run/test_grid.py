@@ -33,7 +33,8 @@ if what == "fails":
     sys.exit("first line\\nerror: lr=0 must be above 0.\\n")
 while what in ("saves", "never ends"):
     time.sleep(0.02)
-time.sleep(0.2 * (what == "takes a while"))
+while what == "meets another" and len(list(folder.parent.glob("*/listens"))) < 2:
+    time.sleep(0.02)
 (folder / "summary.json").write_text(json.dumps([began, time.time()]))
 """
 
@@ -94,13 +95,17 @@ def test_a_finished_run_is_not_repeated(job):
     assert len(starts(jobs[1])) == 1
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_so_many_run_at_a_time_as_there_are_workers(job, workers):
-    jobs = [job(name, "takes a while") for name in "abcd"]
-    run_grid(jobs, workers=workers)
-    spans = [times(each) for each in jobs]
-    at_once = [sum(begin <= start < end for begin, end in spans) for start, _ in spans]
-    assert max(at_once) == workers
+def test_two_workers_run_two_jobs_at_a_time(job):
+    jobs = [job(name, "meets another") for name in "ab"]  # neither would end alone
+    run_grid(jobs, workers=2)
+    assert all(times(each) for each in jobs)
+
+
+def test_one_worker_runs_one_job_after_the_other(job):
+    jobs = [job(name) for name in "abc"]
+    run_grid(jobs, workers=1)
+    spans = sorted(times(each) for each in jobs)
+    assert all(end <= begin for (_, end), (begin, _) in zip(spans, spans[1:], strict=False))
 
 
 def test_a_failure_is_told_with_its_last_line_and_the_others_go_on(job, capfd):
