@@ -1,5 +1,6 @@
 """Runs side by side: which are started, what becomes of those that fail, and how all of them stop."""
 
+import itertools
 import json
 import os
 import signal
@@ -105,7 +106,7 @@ def test_one_worker_runs_one_job_after_the_other(job):
     jobs = [job(name) for name in "abc"]
     run_grid(jobs, workers=1)
     spans = sorted(times(each) for each in jobs)
-    assert all(end <= begin for (_, end), (begin, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
 
 
 def test_a_failure_is_told_with_its_last_line_and_the_others_go_on(job, capfd):
