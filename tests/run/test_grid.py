@@ -68,8 +68,8 @@ def signal_when_listening():
 
     def begin(*waits):
         def send():
-            for path in waits:
-                while not path.exists():
+            for paths in waits:
+                while not all(path.exists() for path in paths):
                     time.sleep(0.01)
                 os.kill(os.getpid(), signal.SIGINT)
 
@@ -134,7 +134,7 @@ def test_a_command_that_dies_without_a_word_is_told_so(job, capfd, tmp_path):
 
 def test_ctrl_c_lets_the_runs_save_and_starts_no_other(job, signal_when_listening):
     jobs = [job("one", "saves"), job("two", "saves"), job("three")]
-    signal_when_listening(*[each.folder / "listens" for each in jobs[1:2]])
+    signal_when_listening([each.folder / "listens" for each in jobs[:2]])
     with pytest.raises(Interrupted, match="0 of 3 runs finished; --resume goes on") as stopped:
         run_grid(jobs, workers=2)
     assert stopped.value.code == 130
@@ -144,7 +144,7 @@ def test_ctrl_c_lets_the_runs_save_and_starts_no_other(job, signal_when_listenin
 
 def test_a_second_ctrl_c_ends_a_run_that_does_not_stop(job, signal_when_listening):
     stuck = job("one", "never ends")
-    signal_when_listening(stuck.folder / "listens", stuck.folder / "saved")
+    signal_when_listening([stuck.folder / "listens"], [stuck.folder / "saved"])
     with pytest.raises(KeyboardInterrupt):
         run_grid([stuck], workers=1)
     assert (stuck.folder / "saved").read_text() == "2\n"
