@@ -3,16 +3,19 @@ replaced.
 
 Every linear layer, norm and embedding sees (1, N) real tokens. Attention alone needs to know which sequence a token is
 of: it lays queries, keys and values out as left-aligned rows, where plain causality also hides the padding behind them,
-and takes the real ones back. transformers hands a function of ours the tensors of each layer, and with them whatever
-keyword arguments the model was called with: the `Packing` travels so.
+and takes the real ones back. Rows of like length make a block, so that a long one does not make the others pay for its
+square. transformers hands a function of ours the tensors of each layer, and with them whatever keyword arguments the
+model was called with: the `Packing` travels so.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +27,25 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 ATTENTION = "ppo_rlhf"  # the name of our attention among those of transformers
 TOKEN_BUCKET = 64  # N is rounded up to a multiple of it, and a row of attention to one of ROW_BUCKET:
 ROW_BUCKET = 8  # a CPU's matrix library compiles and keeps a kernel for every shape it meets
+BLOCK_COST = 4096  # pairs of tokens, of all heads, that a CPU attends to in the time of one more block's calls
+FUSED_WIDTH = 256  # from which on a CPU's fused attention is the faster one
+
+
+class Block(NamedTuple):
+    """Rows of attention, as wide as the longest of them."""
+
+    rows: int
+    width: int
+
+    @property
+    def places(self) -> int:
+        """How many tokens have room in it."""
+        return self.rows * self.width
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the N real tokens of a batch (B, S) are: in one row, and in the rows of attention, (rows, width).
+    """Where the N real tokens of a batch (B, S) are: in one row, and in the blocks of attention, (rows, width) each.
 
     `ids` and `position_ids` may be a few dummy tokens longer than N, which see and change nothing.
     """
@@ -36,9 +53,9 @@ class Packing:
     ids: Tensor  # (1, N + dummies) int64
     position_ids: Tensor  # (1, N + dummies) counted from each row's first real token
     cells: Tensor  # (N,) each token's place in the flattened batch (B · S)
-    slots: Tensor  # (N,) each token's place in the flattened rows of attention (rows · width)
-    order: Tensor  # (rows · width,) the token at each place of attention, any at those that stay empty
-    width: int  # of a row of attention
+    slots: Tensor  # (N,) each token's place in the flattened blocks of attention, one after the other
+    order: Tensor  # (places,) the token at each place of attention, any at those that stay empty
+    blocks: tuple[Block, ...]  # of attention, the widest first
     shape: tuple[int, int]  # (B, S) of the batch
 
     @classmethod
@@ -47,10 +64,12 @@ class Packing:
         cells = mask.flatten().nonzero().squeeze(1)
         count = len(cells)
         ranks = mask.cumsum(1) - 1
-        width = -(-max(1, int(ranks[:, -1].max()) + 1) // ROW_BUCKET) * ROW_BUCKET if len(mask) else ROW_BUCKET
-        rows = torch.arange(len(mask), device=mask.device)[:, None]
-        slots = (rows * width + ranks).flatten()[cells]
-        order = torch.zeros(len(mask) * width, dtype=torch.int64, device=mask.device)
+        lengths, rows = mask.sum(1).sort(descending=True, stable=True)
+        blocks = _blocks_of([max(1, length) for length in lengths.tolist()], split=mask.device.type == "cpu")
+        widths = torch.tensor([block.width for block in blocks for _ in range(block.rows)], device=mask.device)
+        starts = torch.empty_like(lengths).index_copy_(0, rows, widths.cumsum(0) - widths)
+        slots = (starts[:, None] + ranks).flatten()[cells]
+        order = torch.zeros(sum(block.places for block in blocks), dtype=torch.int64, device=mask.device)
         order[slots] = torch.arange(count, device=mask.device)
         dummies = (0, bucketed(count) - count)
         return cls(
@@ -59,12 +78,17 @@ class Packing:
             cells=cells,
             slots=slots,
             order=order,
-            width=width,
+            blocks=blocks,
             shape=(mask.shape[0], mask.shape[1]),
         )
 
     def __len__(self) -> int:
         return len(self.cells)
+
+    @property
+    def width(self) -> int:
+        """Of the widest rows of attention."""
+        return self.blocks[0].width
 
     def places_of(self, cells: Tensor) -> Tensor:
         """The places in the row of tokens of packed cells: flat indices into (B · S) → (K,)."""
@@ -81,6 +105,22 @@ class Packing:
 def bucketed(count: int) -> int:
     """The next multiple of TOKEN_BUCKET, at least one."""
     return -(-max(1, count) // TOKEN_BUCKET) * TOKEN_BUCKET
+
+
+def _blocks_of(lengths: Sequence[int], *, split: bool) -> tuple[Block, ...]:
+    """Rows of these lengths, the longest first, in the blocks that make attention cheapest; in one unless split."""
+    rows = Counter(-(-length // ROW_BUCKET) * ROW_BUCKET for length in lengths)
+    widths = sorted(rows, reverse=True)
+    if not split or not widths:
+        return (Block(len(lengths), max(widths, default=ROW_BUCKET)),)
+    best: list[tuple[int, tuple[Block, ...]]] = [(0, ())]  # of the widest 0, 1, … widths: what they cost, and how
+    for end in range(1, len(widths) + 1):
+        candidates = []
+        for start, (cost, blocks) in enumerate(best):
+            block = Block(sum(rows[width] for width in widths[start:end]), widths[start])
+            candidates.append((cost + BLOCK_COST + block.places * block.width, (*blocks, block)))
+        best.append(min(candidates))
+    return best[-1][1]
 
 
 def last_hidden_states(trunk: nn.Module, packing: Packing) -> Tensor:
@@ -106,17 +146,18 @@ def can_pack(trunk: nn.Module, width: int) -> bool:
 
 def _by_padded_forward(trunk: Any, packing: Packing) -> Tensor:
     """Left-aligned rows and an attention mask, for a transformer with an attention of its own."""
-    rows = len(packing.order) // packing.width
-    mask = torch.zeros(len(packing.order), dtype=torch.bool, device=packing.slots.device)
-    mask[packing.slots] = True
+    rows, width = packing.shape[0], packing.width
+    ranks = packing.position_ids[0, : len(packing)]
+    places = packing.cells // packing.shape[1] * width + ranks
+    empty = packing.ids.new_zeros(rows * width)
     inputs: dict[str, Any] = {
-        "input_ids": torch.where(mask, packing.ids[0, packing.order], 0).view(rows, -1),
-        "attention_mask": mask.view(rows, -1).long(),
+        "input_ids": empty.index_copy(0, places, packing.ids[0, : len(packing)]).view(rows, width),
+        "attention_mask": empty.index_fill(0, places, 1).view(rows, width),
     }
     if "position_ids" in inspect.signature(trunk.forward).parameters:
-        inputs["position_ids"] = torch.where(mask, packing.position_ids[0, packing.order], 0).view(rows, -1)
+        inputs["position_ids"] = empty.index_copy(0, places, ranks).view(rows, width)
     hidden = trunk(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-    return F.pad(hidden[packing.slots], (0, 0, 0, packing.ids.shape[1] - len(packing)))
+    return F.pad(hidden[places], (0, 0, 0, packing.ids.shape[1] - len(packing)))
 
 
 def use_packed_attention(model: PreTrainedModel) -> bool:
@@ -211,48 +252,57 @@ def _plain_attention(
 def _packed_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, dropout: float
 ) -> Tensor:
-    heads, scaling = query.shape[1], query.shape[-1] ** -0.5 if scaling is None else scaling
-    groups = heads // key.shape[1]
-    rows = len(packing.order) // packing.width
-    query, key, value = (
-        _Unpack.apply(x[0], packing.order, packing.slots) for x in (query, key, value)
-    )  # (H, places, d)
-    if query.device.type == "cpu":
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    dropout = dropout if module.training else 0.0
+    laid_out = (_Unpack.apply(x[0], packing.order, packing.slots, packing.blocks) for x in (query, key, value))
+    mixed = [_causal_attention(q, k, v, scaling, dropout).flatten(1, 2) for q, k, v in zip(*laid_out, strict=True)]
+    places = mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1)
+    return _Repack.apply(places, packing.slots, packing.ids.shape[1]).transpose(0, 1)[None]
+
+
+def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
+    """query (H, rows, width, d), key and value (H or fewer, rows, width, d) → as the queries."""
+    heads, rows, width, size = query.shape
+    groups = heads // key.shape[0]
+    if query.device.type == "cpu" and width < FUSED_WIDTH:
         key, value = (x.repeat_interleave(groups, 0) if groups > 1 else x for x in (key, value))
-        query, key, value = (x.view(heads * rows, packing.width, x.shape[-1]) for x in (query, key, value))
-        scores = torch.baddbmm(
-            _causal(packing.width, query.dtype, query.device), query, key.transpose(1, 2), alpha=scaling
-        )
-        shares = F.dropout(scores.softmax(-1).to(value.dtype), p=dropout, training=module.training)
-        mixed = torch.bmm(shares, value).view(heads, rows * packing.width, -1)
-    else:
-        query, key, value = (x.unflatten(1, (rows, -1)).transpose(0, 1) for x in (query, key, value))
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=groups > 1
-        )
-        mixed = mixed.transpose(0, 1).flatten(1, 2)
-    return _Repack.apply(mixed, packing.slots, packing.ids.shape[1]).transpose(0, 1)[None]
+        query, key, value = (x.flatten(0, 1) for x in (query, key, value))
+        scores = torch.baddbmm(_causal(width, query.dtype, query.device), query, key.transpose(1, 2), alpha=scaling)
+        shares = F.dropout(scores.softmax(-1).to(value.dtype), p=dropout)
+        return torch.bmm(shares, value).view(heads, rows, width, size)
+    query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+    mixed = F.scaled_dot_product_attention(
+        query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=groups > 1
+    )
+    return mixed.transpose(0, 1)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=FUSED_WIDTH // ROW_BUCKET)
 def _causal(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(width, width): 0 on what a token may see, −∞ behind it."""
     return torch.full((width, width), -torch.inf, dtype=dtype, device=device).triu(1)
 
 
 class _Unpack(torch.autograd.Function):
-    """(H, N, d) → (H, places, d). Empty places repeat a token; no token sees them, so they pass no gradient back."""
+    """(H, N, d) → of each block (H, rows, width, d). Empty places repeat a token; no token sees them, so they pass no
+    gradient back.
+    """
 
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, order: Tensor, slots: Tensor) -> Tensor:
+    def forward(ctx: Any, packed: Tensor, order: Tensor, slots: Tensor, blocks: Sequence[Block]) -> tuple[Tensor, ...]:
         ctx.save_for_backward(slots)
         ctx.tokens = packed.shape[1]
-        return packed.index_select(1, order)
+        parts = order.split([block.places for block in blocks])
+        return tuple(
+            packed.index_select(1, part).unflatten(1, block) for part, block in zip(parts, blocks, strict=True)
+        )
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (slots,) = ctx.saved_tensors
-        return _with_dummies(gradients[0].index_select(1, slots), ctx.tokens), None, None
+        places = [gradient.flatten(1, 2) for gradient in gradients]
+        gradient = places[0] if len(places) == 1 else torch.cat(places, dim=1)
+        return _with_dummies(gradient.index_select(1, slots), ctx.tokens), None, None, None
 
 
 class _Repack(torch.autograd.Function):

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"n_layer": 4, "n_embd": 128, "n_head": 4, "vocab_size": 4096, "n_positions": 256},
+    "tiny": {"n_layer": 4, "n_embd": 128, "n_head": 4, "vocab_size": 4096, "n_positions": 1024},
     "gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 1024},
 }
 SHAPES = {"tiny": {"batch_size": 32, "num_minibatches": 4}, "gpt2": {"batch_size": 8, "num_minibatches": 2}}

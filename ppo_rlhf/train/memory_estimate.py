@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_rlhf.config import PPOConfig, RewardConfig, RunConfig, SFTConfig
 from ppo_rlhf.core.logits import HEAD_ROWS, KEPT_BYTES, SLICE_ELEMENTS
@@ -24,7 +24,7 @@ from ppo_rlhf.models import (
     use_fused_gelu,
 )
 from ppo_rlhf.optimizer import optimizer_bytes
-from ppo_rlhf.packing import ROW_BUCKET
+from ppo_rlhf.packing import FUSED_WIDTH, ROW_BUCKET
 from ppo_rlhf.policy import PolicyWithValue
 from ppo_rlhf.references import is_reference
 from ppo_rlhf.rewards import RewardFunction, RewardModel, load_reward
@@ -185,7 +185,7 @@ def _activations(
 
 def activation_bytes(trunk: Any, num_rows: int, length: int) -> int:
     """What autograd keeps of a transformer's forward pass for its backward pass, by a pass without numbers (meta)."""
-    trunk.set_attn_implementation("eager")
+    trunk.set_attn_implementation("eager" if length < FUSED_WIDTH else FUSED)
     use_fused_gelu(trunk)
     ids = torch.zeros(num_rows, length, dtype=torch.int64, device="meta")
     positions = {"position_ids": ids} if takes_position_ids(trunk) else {}
@@ -202,6 +202,18 @@ def activation_bytes(trunk: Any, num_rows: int, length: int) -> int:
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         trunk(input_ids=ids, attention_mask=mask, use_cache=False, **positions)
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def _fused_attention(
+    _: nn.Module, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any
+) -> tuple[Tensor, None]:
+    """A CPU's fused attention for tensors without numbers, which PyTorch would give the plain one."""
+    mixed, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, is_causal=True)
+    return mixed.transpose(1, 2), None
+
+
+FUSED = "ppo_rlhf_fused"  # its name among the attentions of transformers
+AttentionInterface.register(FUSED, _fused_attention)
 
 
 def _whole_logits(num_tokens: int, policy: PreTrainedModel) -> dict[str, int]:

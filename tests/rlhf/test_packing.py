@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 
 import language_cases as cases
 import pytest
@@ -95,6 +97,37 @@ def test_rounding_the_number_of_tokens_up_adds_nothing(architecture, buckets, mo
     monkeypatch.setattr(packing_module, "TOKEN_BUCKET", buckets[0])
     monkeypatch.setattr(packing_module, "ROW_BUCKET", buckets[1])
     assert_same(expected, says(policy, inputs), inputs["response_mask"], atol=1e-6)
+
+
+@pytest.mark.parametrize("fused_width", [1, 16, 10**6], ids="attention fused from {}".format)
+def test_attention_in_blocks_says_what_it_says_in_one(architecture, fused_width, monkeypatch):
+    policy = quick(cases.make_policy(architecture, differentiable_entropy=True)).double()
+    inputs = cases.inputs_of([[5, 9, 12] * 5, *PROMPTS, [7, 8] * 12], [[9], *RESPONSES, [10, 11]])
+    monkeypatch.setattr(packing_module, "BLOCK_COST", 10**9)
+    expected = says(policy, inputs)
+    monkeypatch.setattr(packing_module, "FUSED_WIDTH", fused_width)
+    monkeypatch.setattr(packing_module, "BLOCK_COST", 0)
+    assert [block.rows for block in ResponseTokens.of(inputs).packing.blocks] == [1, 1, 5]
+    assert_same(expected, says(policy, inputs), inputs["response_mask"], atol=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [[300, 120, 96, 90, 90, 17, 3], [500, 480, 460, 30], [40, 38, 12, 9], [8], [1, 1]])
+@pytest.mark.parametrize("cost", [0, 500, 4096, 10**9])
+def test_no_other_blocks_are_cheaper(lengths, cost, monkeypatch):
+    monkeypatch.setattr(packing_module, "BLOCK_COST", cost)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    packing = Packing.of(torch.zeros(mask.shape, dtype=torch.int64), mask)
+
+    def price(parts):
+        return sum(cost + len(part) * (8 * math.ceil(max(part) / 8)) ** 2 for part in parts)
+
+    everything = []
+    for cuts in itertools.product([False, True], repeat=len(lengths) - 1):
+        ends = [0, *(i for i, cut in enumerate(cuts, start=1) if cut), len(lengths)]
+        everything.append(price([lengths[a:b] for a, b in itertools.pairwise(ends)]))
+    assert sum(block.rows for block in packing.blocks) == len(lengths)
+    assert sum(cost + block.rows * block.width**2 for block in packing.blocks) == min(everything)
+    assert [block.width for block in packing.blocks] == sorted({block.width for block in packing.blocks})[::-1]
 
 
 def test_only_tokens_that_something_is_predicted_from_are_computed(monkeypatch):

@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from ppo_rlhf import packing
 from ppo_rlhf.cli import main
 from ppo_rlhf.config import PPOConfig
 from ppo_rlhf.core import Experience
@@ -23,6 +24,7 @@ from ppo_rlhf.packing import Packing, last_hidden_states
 from ppo_rlhf.run import make_accelerator
 from ppo_rlhf.sampling import sample
 from ppo_rlhf.settings import PPOSettings, SamplingSettings
+from ppo_rlhf.train import memory_estimate
 from ppo_rlhf.train.memory_estimate import activation_bytes, estimate_ppo
 from ppo_rlhf.train.ppo_parts import load_parts
 from ppo_rlhf.update import ppo_update
@@ -75,8 +77,11 @@ def test_models_that_are_frozen_in_bf16_take_half(models, data):
 
 
 @pytest.mark.parametrize("policy", ["gpt2", "llama"])
-def test_activations_are_those_that_autograd_keeps(policy, models, data):
+@pytest.mark.parametrize("fused_width", [16, 17], ids=["fused attention", "plain attention"])
+def test_activations_are_those_that_autograd_keeps(policy, fused_width, models, data, monkeypatch):
     """Eight rows of 16 tokens, through the packed forward that a run takes: within a tenth."""
+    for module in (packing, memory_estimate):
+        monkeypatch.setattr(module, "FUSED_WIDTH", fused_width)
     model, _ = load_policy(models[policy], setting="policy")
     config = ppo_config(models, data)
     accelerator = make_accelerator(None, precision="no", log_with=(), cpu=True)
