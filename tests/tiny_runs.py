@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,25 @@ def without_times(rows):
 
 def settings_of(folder):
     return yaml.safe_load((Path(folder) / "config.yaml").read_text())
+
+
+class PowerCut(Exception):
+    """What ends a run in the middle."""
+
+
+def metrics_in_one_go_and_in_two(config, *, cut_at):
+    """The metrics of a PPO run into "whole", and of one into "parts" that was cut at a step and resumed."""
+    from ppo_rlhf.train import ppo
+
+    def cut(step, metrics):
+        if step == cut_at:
+            raise PowerCut
+
+    ppo.train(replace(config, output_dir="whole"))
+    with pytest.raises(PowerCut):
+        ppo.train(replace(config, output_dir="parts"), callbacks=[cut])
+    ppo.train(replace(config, output_dir="parts", resume=True))
+    return [without_times(metrics_of(folder)) for folder in ("whole", "parts")]
 
 
 # ---------------------------------------------------------------------------------------------------- fixtures

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny_runs
 import torch
-from tiny_runs import STOPS, metrics_of, same_weights, steps_of, without_times
+from tiny_runs import STOPS, PowerCut, metrics_of, same_weights, steps_of, without_times
 
 from ppo_rlhf import compute, pipeline
 from ppo_rlhf.cli import main
@@ -23,10 +23,6 @@ from ppo_rlhf.settings import OptimizerSettings, PPOSettings, SamplingSettings
 from ppo_rlhf.train import inputs, ppo, reward_model, sft
 
 SAMPLING = SamplingSettings(max_new_tokens=6, stop_token_ids=STOPS)
-
-
-class PowerCut(Exception):
-    """What ends a run in these tests."""
 
 
 def interrupt(monkeypatch, step):

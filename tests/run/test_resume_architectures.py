@@ -1,28 +1,23 @@
 """A resumed PPO run ends bit for bit where the whole one ends, whatever the model's family."""
 
-from dataclasses import replace
-
 import pytest
 import tiny_models
 import tiny_runs
-from test_resume import PowerCut, interrupt
-from tiny_runs import STOPS, data, in_tmp_path, metrics_of, same_weights, without_times
+from tiny_runs import STOPS, data, in_tmp_path, metrics_in_one_go_and_in_two, same_weights
 
 from ppo_rlhf.config import PPOConfig
 from ppo_rlhf.settings import OptimizerSettings, PPOSettings, SamplingSettings
-from ppo_rlhf.train import ppo
 
 __all__ = ["data", "in_tmp_path"]
 
 
 @pytest.mark.parametrize("architecture", sorted({**tiny_models.ARCHITECTURES, **tiny_models.MORE_ARCHITECTURES}))
-def test_a_resumed_run_is_the_whole_run(architecture, data, monkeypatch):
+def test_a_resumed_run_is_the_whole_run(architecture, data):
     tokens = tiny_runs.tokenizer()
     config = PPOConfig(
         policy=tiny_runs.save(tiny_runs.Path("model"), tiny_runs.model(tokens, architecture), tokens),
         prompts=data["prompts"],
         reward="user.py:vowels",
-        output_dir="whole",
         batch_size=4,
         num_steps=2,
         save_every=1,
@@ -33,14 +28,8 @@ def test_a_resumed_run_is_the_whole_run(architecture, data, monkeypatch):
         optimizer=OptimizerSettings(lr=1e-2),
         log_with=(),
     )
-    ppo.train(config)
-    with monkeypatch.context() as patch:
-        interrupt(patch, 2)
-        with pytest.raises(PowerCut):
-            ppo.train(replace(config, output_dir="resumed"))
-    ppo.train(replace(config, output_dir="resumed", resume=True))
-    rows = metrics_of("whole")
+    rows, resumed = metrics_in_one_go_and_in_two(config, cut_at=2)
     assert rows[1]["objective/kl"] == 0
     assert rows[2]["objective/kl"] != 0
-    assert without_times(metrics_of("resumed")) == without_times(rows)
-    assert same_weights("whole/policy", "resumed/policy")
+    assert resumed == rows
+    assert same_weights("whole/policy", "parts/policy")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_reward_configuration import PowerCut, config_of
-from tiny_runs import jsonl, metrics_of, same_weights, weights_of, without_times
+from test_reward_configuration import config_of
+from tiny_runs import jsonl, metrics_in_one_go_and_in_two, metrics_of, same_weights, weights_of
 
 from ppo_rlhf.config import MissingEOS, PPOConfig, PretrainingSettings
 from ppo_rlhf.errors import UserError
@@ -58,17 +58,9 @@ def test_texts_that_ppo_ptx_cannot_read_are_refused_by_name(models, data):
 
 
 def test_the_averaged_policy_is_saved_and_goes_on_where_it_was(models, data):
-    settings = {"ema_decay": 0.5, "num_steps": 4, "save_every": 2, "eval_every": 2}
-
-    def cut(step, metrics):
-        if step == 3:
-            raise PowerCut
-
-    ppo.train(config_of(models, data, output_dir="whole", **settings))
-    with pytest.raises(PowerCut):
-        ppo.train(config_of(models, data, output_dir="parts", **settings), callbacks=[cut])
-    ppo.train(config_of(models, data, output_dir="parts", resume=True, **settings))
-    assert without_times(metrics_of("parts")) == without_times(metrics_of("whole"))
+    config = config_of(models, data, ema_decay=0.5, num_steps=4, save_every=2, eval_every=2)
+    whole, resumed = metrics_in_one_go_and_in_two(config, cut_at=3)
+    assert resumed == whole
     assert same_weights("parts/policy", "whole/policy")
     start, saved = weights_of(models["gpt2"]), weights_of("whole/policy")
     last = weights_of("whole/checkpoints/step_000004")
@@ -99,17 +91,9 @@ def test_a_learning_rate_of_its_own_moves_the_value_head_alone(models, data):
 
 
 def test_a_run_with_a_learning_rate_of_the_value_head_goes_on_where_it_was(models, data):
-    settings = {"value_lr": 0.05, "num_steps": 3, "save_every": 1}
-
-    def cut(step, metrics):
-        if step == 2:
-            raise PowerCut
-
-    ppo.train(config_of(models, data, output_dir="whole", **settings))
-    with pytest.raises(PowerCut):
-        ppo.train(config_of(models, data, output_dir="parts", **settings), callbacks=[cut])
-    ppo.train(config_of(models, data, output_dir="parts", resume=True, **settings))
-    assert without_times(metrics_of("parts")) == without_times(metrics_of("whole"))
+    config = config_of(models, data, value_lr=0.05, num_steps=3, save_every=1)
+    whole, resumed = metrics_in_one_go_and_in_two(config, cut_at=2)
+    assert resumed == whole
 
 
 @pytest.mark.parametrize("value_lr", [0.0, -1.0, float("inf"), float("nan")])

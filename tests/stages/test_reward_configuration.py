@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny_runs
-from tiny_runs import STOPS, metrics_of, same_weights, settings_of, without_times
+from tiny_runs import STOPS, metrics_in_one_go_and_in_two, metrics_of, same_weights, settings_of, without_times
 
 from ppo_rlhf.cli import main
 from ppo_rlhf.config import PPOConfig
@@ -108,23 +108,12 @@ def test_reference_normalisation_takes_the_mean_and_spread_of_the_starting_polic
         assert sum(row["rewards"]) == pytest.approx(expected if row["finished"] else -1.0, abs=1e-4)
 
 
-class PowerCut(Exception):
-    """What ends a run in these tests."""
-
-
 def test_running_normalisation_goes_on_where_it_was(models, data):
     parts = (RewardPart("user.py:vowels"), RewardPart("user.py:length", weight=0.5))
-    settings = {"reward": parts, "score_shaping": ScoreShaping(normalize="running"), "num_steps": 4, "save_every": 2}
-
-    def cut(step, metrics):
-        if step == 3:
-            raise PowerCut
-
-    ppo.train(config_of(models, data, output_dir="whole", **settings))
-    with pytest.raises(PowerCut):
-        ppo.train(config_of(models, data, output_dir="parts", **settings), callbacks=[cut])
-    ppo.train(config_of(models, data, output_dir="parts", resume=True, **settings))
-    assert without_times(metrics_of("parts")) == without_times(metrics_of("whole"))
+    shaping = ScoreShaping(normalize="running")
+    config = config_of(models, data, reward=parts, score_shaping=shaping, num_steps=4, save_every=2)
+    whole, resumed = metrics_in_one_go_and_in_two(config, cut_at=3)
+    assert resumed == whole
     assert same_weights("parts/policy", "whole/policy")
     loop = json.loads(Path("whole/checkpoints/step_000004/loop.json").read_text())
     assert loop["score_moments"][2] == 16  # responses of four steps

@@ -11,41 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from test_overlap import config_of
 from tiny_runs import STOPS, metrics_of, without_times
 from transformers import AutoModelForCausalLM
 
 from ppo_rlhf.cli import main
-from ppo_rlhf.config import PPOConfig
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.models import load_policy
 from ppo_rlhf.prompts import Prompts
 from ppo_rlhf.sampling import Responses, sample
-from ppo_rlhf.settings import Extension, OptimizerSettings, PPOSettings, SamplingSettings
+from ppo_rlhf.settings import Extension, SamplingSettings
 from ppo_rlhf.train import ppo
 from ppo_rlhf.vllm_sampler import VLLMSampler
 
 DIFFERENCE = "sampler/logprob_difference"
 CPU = torch.device("cpu")
-
-
-def config_of(models, data, folder="out", **changes):
-    settings = {
-        "policy": models["gpt2"],
-        "prompts": data["prompts"],
-        "reward": "user.py:vowels",
-        "output_dir": folder,
-        "num_steps": 3,
-        "batch_size": 8,
-        "eval_every": 0,
-        "save_every": 0,
-        "max_eval_prompts": 4,
-        "matmul_precision": "highest",
-        "log_with": (),
-        "sampling": SamplingSettings(max_new_tokens=6, stop_token_ids=STOPS),
-        "ppo": PPOSettings(num_epochs=2),
-        "optimizer": OptimizerSettings(lr=1e-2, schedule="constant"),
-    }
-    return PPOConfig(**settings | changes)
 
 
 def rows_without(name, folder):
