@@ -29,10 +29,7 @@ deterministic and evenly spread over it, so that speed counts as well as the end
 which the untrained policy, its actions sampled, is 0 and the best of all these runs on the environment is 1. The score
 of a row is the interquartile mean over environments and seeds (Agarwal et al., 2021); `worth` is the preset's less the
 row's, above 0 where the preset does better; the intervals are 95 % bootstrap intervals over seeds within each
-environment, at that scale.
-
-Whitening of the advantages, the bootstrap at a time limit and the clipping of the gradient cannot be switched off here,
-so that no row tells what they are worth."""
+environment, at that scale."""
 
 
 def mean_evaluation(run: Path) -> float:

@@ -76,11 +76,13 @@ class TrustRegionSettings:
     """Factor from one step size tried to the next."""
     value_epochs: int = 10
     """Passes of the value function's regression over each rollout."""
+    value_minibatches: int = 4
+    """Of each of these passes."""
 
     def __post_init__(self) -> None:
         require(self.max_kl > 0, f"trust_region.max_kl={self.max_kl} must be above 0.")
         require(0 < self.line_search_shrink < 1, "trust_region.line_search_shrink must lie between 0 and 1.")
-        for name in ("conjugate_gradient_steps", "line_search_steps", "value_epochs"):
+        for name in ("conjugate_gradient_steps", "line_search_steps", "value_epochs", "value_minibatches"):
             require(getattr(self, name) >= 1, f"trust_region.{name}={getattr(self, name)} must be at least 1.")
 
 
@@ -108,6 +110,8 @@ class TrainConfig:
     """Discount (Schulman et al., 2017)."""
     gae_lambda: float = 0.95
     """λ of generalised advantage estimation (Schulman et al., 2017)."""
+    bootstrap_truncations: bool = True
+    """The return beyond a time limit is V of the last observation (Pardo et al., 2018); false: 0, as at a true end."""
     reward_scale: float = 1.0
     """Rewards are multiplied by it for learning; returns are told raw."""
     normalize_observations: bool = False

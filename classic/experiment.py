@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -80,7 +81,7 @@ def carry_out(experiment: Experiment, config: ExperimentConfig) -> tuple[Path, R
     A run that is finished is not repeated, one that was interrupted goes on.
 
     Raises UserError, before anything is written, for an environment that cannot be made, a folder in use, or runs in it
-    that trained otherwise; and at the end where a run failed.
+    that trained otherwise, or variants that are the same; and at the end where a run failed.
     """
     folder = new_folder(config.output_dir, experiment.name, resume=config.resume)
     planned = runs_of(experiment, config, folder)
@@ -88,6 +89,7 @@ def carry_out(experiment: Experiment, config: ExperimentConfig) -> tuple[Path, R
         refuse_changes(path, read_config(path) or {}, asdict(run), may_change=HOW_OFTEN)
     for env_id in config.env_ids:
         make_environments(env_id, **experiment.base(env_id, config.num_steps).environment.arguments()).close()
+        _refuse_twins(experiment, config, env_id)
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder, config)
     for path, run in planned.items():
@@ -122,6 +124,15 @@ def runs_of(experiment: Experiment, config: ExperimentConfig, folder: Path) -> d
         for env_id in config.env_ids
         for variant in config.variants
     }
+
+
+def _refuse_twins(experiment: Experiment, config: ExperimentConfig, env_id: str) -> None:
+    """Raises UserError for variants that are the same on an environment: its preset may have what one of them sets."""
+    base = experiment.base(env_id, config.num_steps)
+    settings = {name: changed(base, experiment.variants[name].changes) for name in config.variants}
+    for one, other in itertools.combinations(settings, 2):
+        if settings[one] == settings[other]:
+            raise UserError(f"on {env_id} {other} is the same as {one}: leave one of them out by --variants.")
 
 
 def folder_of(folder: Path, env_id: str, variant: str, seed: int) -> Path:

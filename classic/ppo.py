@@ -158,7 +158,8 @@ def improve(learner: Learner, state: LoopState) -> tuple[LoopState, dict[str, fl
         policy,
         gamma=config.gamma,
         lam=config.gae_lambda,
-        whiten_advantages=not config.ppo.normalize_minibatches,
+        whiten_advantages=config.ppo.whiten_advantages == "rollout",
+        bootstrap_truncations=config.bootstrap_truncations,
         rows=None if config.ppo.micro_batch_size is None else max(1, config.ppo.micro_batch_size // config.horizon),
     )
     statistics, kl_coef = update(learner, experience, state)

@@ -29,6 +29,7 @@ def mujoco(env_id: str) -> TrainConfig:
         normalize_observations=True,
         normalize_rewards=True,
         ppo=PPOSettings(num_epochs=10, num_minibatches=32, value_clip_range=None, value_coef=0.5, max_grad_norm=0.5),
+        trust_region=TrustRegionSettings(value_minibatches=32),
         optimizer=OptimizerSettings(lr=3e-4, schedule="linear"),
     )
 

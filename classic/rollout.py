@@ -152,12 +152,14 @@ def experience_of(
     gamma: float,
     lam: float,
     whiten_advantages: bool = True,
+    bootstrap_truncations: bool = True,
     rows: int | None = None,
 ) -> Experience:
     """Rewards ► advantages and returns ► [whitened], and what the policy says of its own decisions.
 
     A truncated decision whose true last observation is not the next one pays γ·V of it and counts as terminated, which
-    gives the same δ. rows: environments in one forward, for memory alone.
+    gives the same δ; without bootstrap_truncations it counts as terminated and pays nothing. rows: environments in one
+    forward, for memory alone.
     """
     with torch.no_grad():
         mask, ended = trajectory.mask, trajectory.ended
@@ -167,7 +169,9 @@ def experience_of(
         ]
         logprobs, _, values, distribution = evaluations[0] if len(evaluations) == 1 else _joined(evaluations)
         rewards, terminated = trajectory.rewards, trajectory.terminated
-        if trajectory.bootstraps is not None:
+        if not bootstrap_truncations:
+            terminated = ended
+        elif trajectory.bootstraps is not None:
             rewards, terminated = rewards + gamma * trajectory.bootstraps, ended
         advantages, returns = gae(
             rewards,

@@ -34,11 +34,13 @@ its mean); a score is that return on a scale on which the untrained policy, its 
 all these runs on the environment is 1. The score of a row is the mean over environments and seeds; the interval is a
 95 % bootstrap interval over seeds within each environment, at that scale.
 
-What the paper does not tell is as in its authors' code (baselines, ppo1): observations normalised by running moments, a
-learning rate that falls to 0 along a line, advantages whitened in each rollout, Adam's ε 1e-5, rewards and gradients as
-they are. What differs: MuJoCo's v5 tasks in place of v1; a time limit is bootstrapped and not taken for an end; weights
-begin orthogonal; normalised observations are clipped at ±10, there at ±5; β stays within 1e-4 and 1e4. TRPO is not in
-the paper's table."""
+What the paper does not tell is as in its authors' code (baselines, ppo1): observations normalised by running moments,
+advantages whitened in each rollout, Adam's ε 1e-5, rewards and gradients as they are; and the learning rate falls to 0
+along a line, as in that code, where table 3 has one number and ε falls as well. What differs: MuJoCo's v5 tasks in
+place of v1; a time limit is bootstrapped and not taken for an end; an environment's reset takes a step of the rollout,
+which is masked; weights begin orthogonal; normalised observations are clipped at ±10, there at ±5; β stays within 1e-4
+and 1e4. TRPO is not in the paper's table; its value function takes the same optimizer steps as the others', and its runs
+count among those of which the best is 1."""
 
 
 def last_episodes(run: Path, number: int = LAST_EPISODES) -> float:

@@ -14,8 +14,6 @@ from classic.policy import Policy
 from ppo_rlhf.core import Experience, clipped_policy_loss, masked_mean, value_loss
 from ppo_rlhf.seeding import keyed_generator
 
-VALUE_MINIBATCHES = 4  # of each pass of the value function's regression
-
 
 def trust_region_update(
     policy: Policy,
@@ -115,7 +113,7 @@ def _fit_values(
     """Regresses the value head's own parameters onto the returns; → the last pass's mean loss."""
     rows = experience if policy.core is not None else experience.by_step()
     still = [part.detach().clone() for part in policy.networks.policy_layers()]
-    size = max(1, len(rows) // VALUE_MINIBATCHES)
+    size = max(1, len(rows) // settings.value_minibatches)
     generator = keyed_generator(*seed, "value")
     losses: list[Tensor] = []
     for _ in range(settings.value_epochs):

@@ -59,9 +59,10 @@ SURROGATES: dict[str, Variant] = {
 PRESET = "preset"  # the detail that is none
 DETAILS: dict[str, Variant] = {
     PRESET: Variant("the preset"),
-    "minibatch-whitening": Variant(
-        "advantages whitened in each minibatch as well", {"ppo.normalize_minibatches": True}
-    ),
+    "no-whitening": Variant("advantages not whitened", {"ppo.whiten_advantages": "none"}),
+    "minibatch-whitening": Variant("advantages whitened in each minibatch", {"ppo.whiten_advantages": "minibatch"}),
+    "no-bootstrap": Variant("a time limit taken for an end", {"bootstrap_truncations": False}),
+    "unclipped-gradient": Variant("gradient not clipped", {"ppo.max_grad_norm": float("inf")}),
     "value-clipping": Variant("values clipped, ε = 0.2", {"ppo.value_clip_range": 0.2}),
     "raw-rewards": Variant("rewards not scaled", {"reward_scale": 1.0}),
     "normalized-rewards": Variant(

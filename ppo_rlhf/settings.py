@@ -68,8 +68,8 @@ class PPOSettings:
     """An update stops early, all processes together, when approx_kl exceeds 1.5 × this (Spinning Up); null: never."""
     max_grad_norm: float = 1.0
     """The gradient's norm over all parameters is clipped to this, once a step."""
-    normalize_minibatches: bool = False
-    """Whiten advantages in each minibatch as well (Stable-Baselines3's way), for comparisons."""
+    whiten_advantages: Literal["rollout", "minibatch", "none"] = "rollout"
+    """Over what advantages get mean 0 and variance 1; minibatch: Stable-Baselines3's way; none: not at all."""
     compile: bool = False
     """torch.compile the forward pass and the loss: quicker once warm, after up to a minute's compiling."""
 

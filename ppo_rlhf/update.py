@@ -155,7 +155,7 @@ def _minibatches(
     """All epochs' minibatches, each with its count: decisions across processes ÷ processes, since DDP averages."""
 
     def prepared(minibatch: Experience) -> tuple[Experience, Tensor]:
-        if settings.normalize_minibatches:
+        if settings.whiten_advantages == "minibatch":
             advantages = whiten(minibatch.advantages, minibatch.mask, sum_across=sum_across)
             minibatch = replace(minibatch, advantages=advantages)
         return minibatch, _global_count(minibatch, mean_across)

@@ -321,32 +321,32 @@ def test_a_frozen_parameter_stays():
     assert_unchanged(policy.trunk, before)
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-def test_normalized_minibatches_forget_the_scale_of_the_advantages(normalize):
+@pytest.mark.parametrize("whitening", ["rollout", "minibatch", "none"])
+def test_minibatches_that_are_whitened_forget_the_scale_of_the_advantages(whitening):
     results = []
     for scale, shift in ((1.0, 0.0), (3.0, 7.0)):
         policy = TinyPolicy()
         experience = rollout_of(policy)
         experience = change_rows(experience, advantages=scale * experience.advantages + shift)
-        update(policy, experience, settings={"num_minibatches": 2, "normalize_minibatches": normalize})
+        update(policy, experience, settings={"num_minibatches": 2, "whiten_advantages": whitening})
         results.append(parameters_of(policy))
     same = all(torch.allclose(one, other, rtol=1e-5, atol=1e-8) for one, other in zip(*results, strict=True))
-    assert same == normalize
+    assert same == (whitening == "minibatch")  # over a rollout they were whitened before
 
 
-def test_normalizing_the_only_minibatch_is_whitening_the_rollout():
+def test_whitening_the_only_minibatch_is_whitening_the_rollout():
     policies = TinyPolicy(), TinyPolicy()
     experience = rollout_of(policies[0])
-    update(policies[0], experience, settings={"normalize_minibatches": True})
+    update(policies[0], experience, settings={"whiten_advantages": "minibatch"})
     update(policies[1], change_rows(experience, advantages=whiten(experience.advantages, experience.mask)))
     assert_same_parameters(policies[0].parameters(), policies[1].parameters())
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-def test_a_seed_gives_the_same_bits(normalize):
+@pytest.mark.parametrize("whitening", ["rollout", "minibatch"])
+def test_a_seed_gives_the_same_bits(whitening):
     def run(seed):
         policy = TinyPolicy()
-        settings = {"num_epochs": 2, "num_minibatches": 4, "normalize_minibatches": normalize}
+        settings = {"num_epochs": 2, "num_minibatches": 4, "whiten_advantages": whitening}
         metrics = update(policy, rollout_of(policy), settings=settings, seed=seed)
         return parameters_of(policy), metrics
 
@@ -669,7 +669,7 @@ def forget_accelerators():
 
 TWO_PROCESS_SETTINGS = {
     "step": PPOSettings(num_epochs=3, max_grad_norm=0.5, entropy_coef=0.05, micro_batch_size=3),
-    "normalize": PPOSettings(num_epochs=2, max_grad_norm=0.5, normalize_minibatches=True),
+    "normalize": PPOSettings(num_epochs=2, max_grad_norm=0.5, whiten_advantages="minibatch"),
     "stop": PPOSettings(num_epochs=10, max_grad_norm=NO_CLIPPING, target_kl=1e-3),
     "skip": PPOSettings(num_epochs=2, max_grad_norm=0.5),
 }

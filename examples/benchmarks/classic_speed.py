@@ -51,7 +51,7 @@ ZOO_CARTPOLE = TrainConfig(
         value_clip_range=None,
         value_coef=0.5,
         max_grad_norm=0.5,
-        normalize_minibatches=True,
+        whiten_advantages="minibatch",
     ),
     optimizer=OptimizerSettings(lr=1e-3, schedule="linear"),
 )

@@ -176,7 +176,7 @@ CHECKS = (
         BOTH,
         "Fewer than 8 rows: mean and variance of a handful of advantages are those of its largest one.",
         "Advantages are divided by the spread of too few of them.",
-        "Raise batch_size (num_envs or horizon in control), or turn ppo.normalize_minibatches off.",
+        "Raise batch_size (num_envs or horizon in control), or leave ppo.whiten_advantages at rollout.",
         looks.whitening_batch,
     ),
     Check(

@@ -193,7 +193,10 @@ def whitening_batch(record: Record) -> str | None:
     rows, unit = record.setting("batch_size"), "responses"
     if record.stage == "classic":
         rows, unit = record.setting("num_envs", 1) * record.setting("horizon", 1), "steps"
-    if record.setting("ppo.normalize_minibatches"):
+    whitening = record.setting("ppo.whiten_advantages", "rollout")
+    if whitening == "none":
+        return None
+    if whitening == "minibatch":
         rows, unit = rows // record.setting("ppo.num_minibatches", 1), f"{unit} of a minibatch"
     return f"advantages are whitened over {rows} {unit}" if rows < 8 else None
 

@@ -43,7 +43,8 @@ class Variant:
 
 VARIANTS = (
     Variant("policy clipping", "off", {"ppo.clip_range": None}),
-    Variant("advantage whitening", "in each minibatch as well", {"ppo.normalize_minibatches": True}),
+    Variant("advantage whitening", "off", {"ppo.whiten_advantages": "none"}),
+    Variant("advantage whitening", "in each minibatch", {"ppo.whiten_advantages": "minibatch"}),
     Variant("value clipping", "off", {"ppo.value_clip_range": None}),
     Variant("reward whitening", "on", {"whiten_rewards": True}),
     Variant("score normalisation", "by the supervised policy's moments", {"score_shaping.normalize": "reference"}),

@@ -92,14 +92,17 @@ def response_advantages(
     *,
     sum_across: SumAcross,
 ) -> tuple[Tensor, Tensor]:
-    """By GAE, whitened; or against the other responses to the prompt, all tokens of a response alike.
+    """By GAE, whitened over the rollout where that is wanted; or against the other responses to the prompt, all tokens
+    of a response alike.
 
     rewards, mask (B, T), values (B, T+1), terminated (B,): nothing follows; sum_across: over all processes. The
     responses to a prompt are in a row → advantages, returns, (B, T) each.
     """
     if config.advantage == "gae":
         advantages, returns = response_gae(rewards, values, mask, terminated, gamma=config.gamma, lam=config.gae_lambda)
-        return whiten(advantages, mask, sum_across=sum_across), returns
+        if config.ppo.whiten_advantages == "rollout":
+            advantages = whiten(advantages, mask, sum_across=sum_across)
+        return advantages, returns
     relative = leave_one_out if config.advantage == "rloo" else group_normalized
     advantages = relative(rewards.sum(1), group_size=config.responses_per_prompt)[:, None].expand_as(rewards)
     return advantages, values[:, :-1]  # there is no value function to learn returns

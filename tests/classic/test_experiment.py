@@ -113,6 +113,9 @@ def test_the_protocol_is_that_of_table_3():
     assert (run.network.hidden_sizes, run.network.activation) == ((64, 64), "tanh")
     assert (run.ppo.entropy_coef, run.ppo.value_clip_range) == (0, None)
     assert (run.normalize_observations, run.normalize_rewards) == (True, False)
+    assert run.optimizer.schedule == "linear"
+    value_steps = run.trust_region.value_epochs * run.trust_region.value_minibatches
+    assert value_steps == run.ppo.num_epochs * run.ppo.num_minibatches
 
 
 def test_every_variant_runs_with_every_seed_on_every_environment():
@@ -247,6 +250,14 @@ def test_ablations_tell_what_the_preset_has_over_each_change(started, out, capfd
     assert "| the preset | 0.95 | 0.90 to 1.00 | – | – |" in written
     assert "| 1 epoch | 0.45 | 0.40 to 0.50 | +0.50 | 0.40 to 0.60 |" in written
     assert Path(out, "ablations.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_change_that_a_preset_has_already_is_refused(capfd):
+    words = ["ablations", "--envs", "CartPole-v1", "Hopper-v5", "--variants", "preset", "one-epoch", "raw-rewards"]
+    assert main([*words, "--output-dir", "out"]) == 2
+    told = "on Hopper-v5 raw-rewards is the same as preset: leave one of them out by --variants."
+    assert told in capfd.readouterr().err
+    assert not Path("out").exists()
 
 
 def test_without_the_preset_nothing_tells_what_a_detail_is_worth(started, out, capfd):

@@ -468,7 +468,7 @@ def test_normalized_rewards_are_what_is_learnt_from(watched):
 
 def test_advantages_are_whitened_over_the_rollout_or_else_over_minibatches(watched):
     history_of("CartPole-v1", {"environment": SOON}, num_steps=ROLLOUT)
-    history_of("CartPole-v1", {"environment": SOON, "ppo": {"normalize_minibatches": True}}, num_steps=ROLLOUT)
+    history_of("CartPole-v1", {"environment": SOON, "ppo": {"whiten_advantages": "minibatch"}}, num_steps=ROLLOUT)
     whitened, raw = watched["experience"]
     assert whitened.advantages[whitened.mask].mean().abs() < 1e-6
     assert raw.advantages[raw.mask].mean().abs() > 1e-3

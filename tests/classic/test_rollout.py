@@ -81,6 +81,20 @@ def test_a_truncated_and_a_terminated_episode_differ_by_the_bootstrap_alone():
     assert truncated[3] == terminated[3]
 
 
+def test_without_a_bootstrap_a_truncated_episode_is_a_terminated_one():
+    """Whether its last observation comes in the next row of the rollout or apart."""
+    for layout in ({"resets": [(0, 2), (1, 2)]}, {"final": {(0, 1): 3, (1, 1): NAN}}):
+        tape = cases.Tape(SHOWN[:2], PAID[1:3], truncated=[(0, 1), (0, 3)], terminated=[(1, 1), (1, 3)], **layout)
+        policy = cases.Plain()
+        trajectory = Collector(tape, policy).collect(policy, 4, cases.generator())
+        experience = experience_of(
+            trajectory, policy, gamma=0.5, lam=0.5, whiten_advantages=False, bootstrap_truncations=False
+        )
+        assert torch.equal(experience.advantages[0], experience.advantages[1])
+        assert experience.advantages[0, :2].tolist() == [3 / 4, -1]
+        assert experience.advantages[0, 3] == 1 - 4
+
+
 def test_an_end_in_both_ways_is_a_true_end():
     both = {"truncated": [(0, 1)], "terminated": [(0, 1)]}
     for layout in ({"resets": [(0, 2)]}, {"final": {(0, 1): 3}}):

@@ -188,6 +188,16 @@ def test_the_value_s_regression_leaves_the_policy_as_it_is(network, weight_decay
     assert all(parameter.grad is None for parameter in policy.parameters())
 
 
+def test_the_value_s_regression_takes_as_many_steps_as_it_is_told(monkeypatch):
+    policy = policy_of("numbers")
+    optimizer = make_optimizer(policy, OptimizerSettings(lr=1e-2))
+    steps = []
+    monkeypatch.setattr(optimizer, "step", lambda: steps.append(1))
+    settings = TrustRegionSettings(value_epochs=3, value_minibatches=5)
+    trust_region_update(policy, optimizer, experience_of(policy, batch=5), settings, seed=(0, 0))
+    assert len(steps) == 3 * 5
+
+
 def test_a_step_that_never_helps_is_not_taken(monkeypatch):
     policy = policy_of()
     experience = experience_of(policy)

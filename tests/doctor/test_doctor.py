@@ -181,8 +181,11 @@ def test_a_value_function_that_is_not_trained_explains_nothing(models):
 def test_whitening_over_a_handful_is_found(models):
     assert "over 2 responses" in run(models, batch_size=2)["whitening batch too small"]
     shutil.rmtree("run")
-    minibatches = PPOSettings(num_minibatches=4, normalize_minibatches=True)
+    minibatches = PPOSettings(num_minibatches=4, whiten_advantages="minibatch")
     assert "4 responses of a minibatch" in run(models, ppo=minibatches)["whitening batch too small"]
+    shutil.rmtree("run")
+    raw = PPOSettings(whiten_advantages="none")
+    assert "whitening batch too small" not in run(models, batch_size=2, ppo=raw)
 
 
 def with_another_vocabulary(reward_model, target):
