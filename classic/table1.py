@@ -39,8 +39,8 @@ advantages whitened in each rollout, Adam's ε 1e-5, rewards and gradients as th
 along a line, as in that code, where table 3 has one number and ε falls as well. What differs: MuJoCo's v5 tasks in
 place of v1; a time limit is bootstrapped and not taken for an end; an environment's reset takes a step of the rollout,
 which is masked; weights begin orthogonal; normalised observations are clipped at ±10, there at ±5; β stays within 1e-4
-and 1e4. TRPO is not in the paper's table; its value function takes the same optimizer steps as the others', and its runs
-count among those of which the best is 1."""
+and 1e4. TRPO is not in the paper's table; its value function takes as many steps as the others', and its runs count
+among those of which the best is 1."""
 
 
 def last_episodes(run: Path, number: int = LAST_EPISODES) -> float:
