@@ -331,7 +331,7 @@ def takes_position_ids(model: nn.Module) -> bool:
 
 def context_length(model: PreTrainedModel) -> int:
     """The longest sequence the model can read, in tokens."""
-    return getattr(model.config, "max_position_embeddings", None) or 2**31
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
 
 
 def _first_line(error: Exception) -> str:

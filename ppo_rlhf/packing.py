@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,6 @@ ATTENTION = "ppo_rlhf"  # the name of our attention among those of transformers
 TOKEN_BUCKET = 64  # N is rounded up to a multiple of it, and a row of attention to one of ROW_BUCKET:
 ROW_BUCKET = 8  # a CPU's matrix library compiles and keeps a kernel for every shape it meets
 BLOCK_COST = 4096  # pairs of tokens, of all heads, that a CPU attends to in the time of one more block's calls
-FUSED_WIDTH = 256  # from which on a CPU's fused attention is the faster one
 
 
 class Block(NamedTuple):
@@ -36,11 +36,22 @@ class Block(NamedTuple):
 
     rows: int
     width: int
+    fused: bool  # which kernel attends; a row's own length says so, or its numbers would depend on its neighbours
 
     @property
     def places(self) -> int:
         """How many tokens have room in it."""
         return self.rows * self.width
+
+
+def fused_width(dtype: torch.dtype) -> int:
+    """From which width on a CPU's fused attention is the faster one, products being in that type.
+
+    Measured on an AMD EPYC with AVX-512: oneDNN, in 16 bits or instead of MKL, makes plain products the faster ones.
+    """
+    if dtype in (torch.bfloat16, torch.float16):
+        return 768
+    return 256 if torch.get_float32_matmul_precision() == "highest" else 512
 
 
 @dataclass(frozen=True)
@@ -65,9 +76,10 @@ class Packing:
         count = len(cells)
         ranks = mask.cumsum(1) - 1
         lengths, rows = mask.sum(1).sort(descending=True, stable=True)
-        blocks = _blocks_of([max(1, length) for length in lengths.tolist()], split=mask.device.type == "cpu")
-        widths = torch.tensor([block.width for block in blocks for _ in range(block.rows)], device=mask.device)
-        starts = torch.empty_like(lengths).index_copy_(0, rows, widths.cumsum(0) - widths)
+        blocks = _blocks_of([max(1, length) for length in lengths.tolist()], mask.device)
+        widths = [block.width for block in blocks for _ in range(block.rows)]
+        starts = torch.empty_like(rows)
+        starts[rows] = torch.tensor([0, *itertools.accumulate(widths)][:-1], dtype=torch.int64, device=mask.device)
         slots = (starts[:, None] + ranks).flatten()[cells]
         order = torch.zeros(sum(block.places for block in blocks), dtype=torch.int64, device=mask.device)
         order[slots] = torch.arange(count, device=mask.device)
@@ -107,17 +119,21 @@ def bucketed(count: int) -> int:
     return -(-max(1, count) // TOKEN_BUCKET) * TOKEN_BUCKET
 
 
-def _blocks_of(lengths: Sequence[int], *, split: bool) -> tuple[Block, ...]:
-    """Rows of these lengths, the longest first, in the blocks that make attention cheapest; in one unless split."""
+def _blocks_of(lengths: Sequence[int], device: torch.device) -> tuple[Block, ...]:
+    """Rows of these lengths, the longest first, in blocks: those that make a CPU's attention cheapest; else in one."""
     rows = Counter(-(-length // ROW_BUCKET) * ROW_BUCKET for length in lengths)
     widths = sorted(rows, reverse=True)
-    if not split or not widths:
-        return (Block(len(lengths), max(widths, default=ROW_BUCKET)),)
+    if device.type != "cpu" or not widths:
+        return (Block(len(lengths), max(widths, default=ROW_BUCKET), fused=True),)
+    fused_from = fused_width(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
     best: list[tuple[int, tuple[Block, ...]]] = [(0, ())]  # of the widest 0, 1, … widths: what they cost, and how
     for end in range(1, len(widths) + 1):
         candidates = []
         for start, (cost, blocks) in enumerate(best):
-            block = Block(sum(rows[width] for width in widths[start:end]), widths[start])
+            fused = widths[start] >= fused_from
+            if fused != (widths[end - 1] >= fused_from):
+                continue
+            block = Block(sum(rows[width] for width in widths[start:end]), widths[start], fused)
             candidates.append((cost + BLOCK_COST + block.places * block.width, (*blocks, block)))
         best.append(min(candidates))
     return best[-1][1]
@@ -137,9 +153,9 @@ def last_hidden_states(trunk: nn.Module, packing: Packing) -> Tensor:
     return output.last_hidden_state.squeeze(0)
 
 
-def can_pack(trunk: nn.Module, width: int) -> bool:
+def can_pack(trunk: Any, width: int) -> bool:
     """Whether the transformer computes by our attention sequences of this length as it would by its own."""
-    config: Any = trunk.config
+    config: Any = trunk.config.get_text_config()
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     return config._attn_implementation == ATTENTION and (window is None or window >= width)
 
@@ -255,19 +271,27 @@ def _packed_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     dropout = dropout if module.training else 0.0
     laid_out = (_Unpack.apply(x[0], packing.order, packing.slots, packing.blocks) for x in (query, key, value))
-    mixed = [_causal_attention(q, k, v, scaling, dropout).flatten(1, 2) for q, k, v in zip(*laid_out, strict=True)]
+    mixed = [
+        _causal_attention(q, k, v, scaling, dropout, fused=block.fused).flatten(1, 2)
+        for block, q, k, v in zip(packing.blocks, *laid_out, strict=True)
+    ]
     places = mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1)
     return _Repack.apply(places, packing.slots, packing.ids.shape[1]).transpose(0, 1)[None]
 
 
-def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
+def _causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float, *, fused: bool
+) -> Tensor:
     """query (H, rows, width, d), key and value (H or fewer, rows, width, d) → as the queries."""
     heads, rows, width, size = query.shape
     groups = heads // key.shape[0]
-    if query.device.type == "cpu" and width < FUSED_WIDTH:
-        key, value = (x.repeat_interleave(groups, 0) if groups > 1 else x for x in (key, value))
+    # On a GPU no fused kernel takes float32 and fewer heads of keys.
+    if groups > 1 and not (fused and (query.device.type == "cpu" or query.dtype != torch.float32)):
+        key, value, groups = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0), 1
+    if not fused:
         query, key, value = (x.flatten(0, 1) for x in (query, key, value))
-        scores = torch.baddbmm(_causal(width, query.dtype, query.device), query, key.transpose(1, 2), alpha=scaling)
+        mask = _causal(1 << (width - 1).bit_length(), query.dtype, query.device)[:width, :width]
+        scores = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scaling)
         shares = F.dropout(scores.softmax(-1).to(value.dtype), p=dropout)
         return torch.bmm(shares, value).view(heads, rows, width, size)
     query, key, value = (x.transpose(0, 1) for x in (query, key, value))
@@ -277,7 +301,7 @@ def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float,
     return mixed.transpose(0, 1)
 
 
-@functools.lru_cache(maxsize=FUSED_WIDTH // ROW_BUCKET)
+@functools.lru_cache(maxsize=16)
 def _causal(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(width, width): 0 on what a token may see, −∞ behind it."""
     return torch.full((width, width), -torch.inf, dtype=dtype, device=device).triu(1)
@@ -292,10 +316,8 @@ class _Unpack(torch.autograd.Function):
     def forward(ctx: Any, packed: Tensor, order: Tensor, slots: Tensor, blocks: Sequence[Block]) -> tuple[Tensor, ...]:
         ctx.save_for_backward(slots)
         ctx.tokens = packed.shape[1]
-        parts = order.split([block.places for block in blocks])
-        return tuple(
-            packed.index_select(1, part).unflatten(1, block) for part, block in zip(parts, blocks, strict=True)
-        )
+        parts = zip(order.split([block.places for block in blocks]), blocks, strict=True)
+        return tuple(packed.index_select(1, part).unflatten(1, (block.rows, block.width)) for part, block in parts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:

@@ -62,7 +62,8 @@ class _HeadLogprobs(torch.autograd.Function):
             # the largest probability is at least 1/V: its logarithm is exact where the chosen one's may be −∞
             partition = logits.amax(1) - probabilities.amax(1).log()
             logprobs[rows] = logits.gather(1, ids[rows, None]).squeeze(1) - partition
-            entropy[rows] = partition - torch.linalg.vecdot(probabilities, logits)
+            with torch.autocast(hidden.device.type, enabled=False):  # which would take this product in 16 bits
+                entropy[rows] = partition - torch.linalg.vecdot(probabilities, logits)
             if kept is not None and kept.dtype != wide:
                 kept[rows] = probabilities
         ctx.save_for_backward(hidden, narrow, bias, ids, logprobs, entropy)
@@ -98,7 +99,9 @@ class _HeadLogprobs(torch.autograd.Function):
             gradient.scatter_(1, ids[rows, None], at_chosen.to(gradient.dtype))
             if grad_hidden is not None:
                 torch.mm(gradient, weight, out=grad_hidden[rows])
-            if needs_weight:
+            if grad_weight is not None and grad_weight.dtype == gradient.dtype:
+                grad_weight.addmm_(gradient.t(), hidden[rows])
+            elif needs_weight:
                 grad_weight = _sum_of(grad_weight, gradient.t() @ hidden[rows], ctx.weight_dtype)
             if needs_bias:
                 grad_bias = _sum_of(grad_bias, gradient.sum(0), bias.dtype)

@@ -138,9 +138,8 @@ def decode(
     waiting = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), prompts[row]))  # the last one first
 
     with evaluating(model):
-        read = step = forward_of(model, num_rows=len(slots.rows))
-        if cache.window.static and device.type == "cuda":  # pragma: no cover - needs a GPU
-            step = torch.compile(read, mode="reduce-overhead", fullgraph=True)
+        read = forward_of(model, num_rows=len(slots.rows))
+        step = _step_of(read, cache)
         prefix = _read_shared_prefix(model, read, cache, prompts)
         while waiting or slots.running:
             if group := slots.admitted(waiting):
@@ -150,7 +149,8 @@ def decode(
             used = cache.window.used
             rows, steps = slots.rows[:used], drawn.lengths[slots.rows[:used]]
             positions = (slots.last_positions[rows] + steps)[:, None]
-            logits = step(slots.tokens[:used, None], positions, cache.open_column(), cache)
+            forward = step if cache.is_initialized else read  # prompts of one token leave the buffers to be made here
+            logits = forward(slots.tokens[:used, None], positions, cache.open_column(), cache)
             cache.close_column()
             slots.tokens[:used], logprobs = draw(logits, noise[rows, steps], settings)
             drawn.add(rows, steps, slots.tokens[:used], logprobs)
@@ -161,6 +161,13 @@ def decode(
             yield drawn
             if len(drawn.ended):
                 slots.leave(ended, cache)
+
+
+def _step_of(read: Forward, cache: ColumnCache) -> Forward:
+    """The forward pass of one token a row, compiled on a GPU, where its shape stays the same."""
+    if cache.window.static and cache.visible.is_cuda:  # pragma: no cover - needs a GPU
+        return torch.compile(read, mode="reduce-overhead", fullgraph=True)
+    return read
 
 
 def _check(model: PreTrainedModel, prompts: list[list[int]], settings: SamplingSettings, noise: Tensor) -> None:

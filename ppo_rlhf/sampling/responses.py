@@ -43,7 +43,7 @@ def responses_of(
 
 def texts_of(ids: Tensor, mask: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Responses as texts, without special tokens: ids, mask (B, T) → [B]."""
-    return [_text(tokenizer, line[kept].tolist()) for line, kept in zip(ids, mask, strict=True)]
+    return [_text(tokenizer, line[kept].tolist()) for line, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
 
 
 def pieces_of(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> Iterator[str]:

@@ -60,7 +60,7 @@ def sample(
     → Responses, T being the longest response's length. The model's mode is kept; no dropout acts here. Raises
     UserError for a prompt that leaves no room for max_new_tokens in the model's context, and for recurrent models.
     """
-    lines = [ids[mask].tolist() for ids, mask in zip(prompts.ids, prompts.mask, strict=True)]
+    lines = [ids[mask].tolist() for ids, mask in zip(prompts.ids.cpu(), prompts.mask.cpu(), strict=True)]
     ended: list[int] = []  # rows that no group has had yet
     for drawn in decode(language_model, tokenizer, lines, settings, noise):
         if on_finished is None:

@@ -24,7 +24,7 @@ from ppo_rlhf.models import (
     use_fused_gelu,
 )
 from ppo_rlhf.optimizer import optimizer_bytes
-from ppo_rlhf.packing import FUSED_WIDTH, ROW_BUCKET
+from ppo_rlhf.packing import ROW_BUCKET, fused_width
 from ppo_rlhf.policy import PolicyWithValue
 from ppo_rlhf.references import is_reference
 from ppo_rlhf.rewards import RewardFunction, RewardModel, load_reward
@@ -173,9 +173,10 @@ def _activations(
     In mixed precision they are less; but the weights are there in 16 bits as well.
     """
     length = -(-length // ROW_BUCKET) * ROW_BUCKET
+    dtype = torch.float32 if config.precision == "no" else torch.bfloat16
     sizes = []
     for trunk in trunks:
-        size = activation_bytes(trunk, num_rows, length)
+        size = activation_bytes(trunk, num_rows, length, fused=length >= fused_width(dtype))
         if checkpointing:  # one layer's at a time, and what goes into each
             layers = trunk.config.num_hidden_layers
             size = size // layers + layers * num_rows * length * trunk.config.hidden_size * FLOAT
@@ -183,9 +184,9 @@ def _activations(
     return {f"activations of {num_rows} rows of {length} tokens": max(sizes)}
 
 
-def activation_bytes(trunk: Any, num_rows: int, length: int) -> int:
+def activation_bytes(trunk: Any, num_rows: int, length: int, *, fused: bool) -> int:
     """What autograd keeps of a transformer's forward pass for its backward pass, by a pass without numbers (meta)."""
-    trunk.set_attn_implementation("eager" if length < FUSED_WIDTH else FUSED)
+    trunk.set_attn_implementation(FUSED if fused else "eager")
     use_fused_gelu(trunk)
     ids = torch.zeros(num_rows, length, dtype=torch.int64, device="meta")
     positions = {"position_ids": ids} if takes_position_ids(trunk) else {}

@@ -41,7 +41,9 @@ class Clock:
         self._last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
-        """The time since the last lap belongs to this phase."""
+        """The time since the last lap belongs to this phase, and what a GPU has still to do."""
+        if torch.accelerator.is_available():  # pragma: no cover - needs a GPU
+            torch.accelerator.synchronize()
         now = time.perf_counter()
         self.laps[phase] = now - self._last
         self._last = now
@@ -183,7 +185,8 @@ def recorded_logprobs(policy: nn.Module, rollout: Rollout) -> Tensor:
     In evaluation mode, so that nothing random is drawn and a run with or without it trains the same.
     """
     with evaluating(policy):
-        return policy(**{name: tensor[:SAMPLES_PER_STEP] for name, tensor in rollout.inputs.items()}).logprobs
+        inputs = {name: tensor[:SAMPLES_PER_STEP] for name, tensor in rollout.inputs.items()}
+        return policy(**inputs, only="decisions").logprobs
 
 
 def sample_rows(

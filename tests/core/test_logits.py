@@ -232,10 +232,12 @@ def test_the_heads_entropy_is_differentiable_only_where_asked():
 
 
 @pytest.mark.usefixtures("slices", "budget")
-def test_a_bf16_head_reduces_in_float32_and_keeps_what_is_left_of_a_sure_token():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_bf16_head_reduces_in_float32_and_keeps_what_is_left_of_a_sure_token(autocast):
     hidden, weight, _, ids = random_head(dtype=torch.bfloat16)
     weight, hidden = weight.float(), leaf(hidden)
-    logprobs, entropy = head_logprobs(hidden, leaf(weight), ids, temperature=0.7)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logprobs, entropy = head_logprobs(hidden, leaf(weight), ids, temperature=0.7)
     whole = (hidden @ weight.bfloat16().t()).float()[None]
     close(logprobs, logprobs_of(whole, ids[None], temperature=0.7)[0], atol=1e-6)
     close(entropy, entropy_of(whole, temperature=0.7)[0], atol=1e-6)

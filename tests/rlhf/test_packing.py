@@ -105,16 +105,19 @@ def test_attention_in_blocks_says_what_it_says_in_one(architecture, fused_width,
     inputs = cases.inputs_of([[5, 9, 12] * 5, *PROMPTS, [7, 8] * 12], [[9], *RESPONSES, [10, 11]])
     monkeypatch.setattr(packing_module, "BLOCK_COST", 10**9)
     expected = says(policy, inputs)
-    monkeypatch.setattr(packing_module, "FUSED_WIDTH", fused_width)
+    monkeypatch.setattr(packing_module, "fused_width", lambda dtype: fused_width)
     monkeypatch.setattr(packing_module, "BLOCK_COST", 0)
-    assert [block.rows for block in ResponseTokens.of(inputs).packing.blocks] == [1, 1, 5]
+    blocks = ResponseTokens.of(inputs).packing.blocks
+    assert [tuple(block) for block in blocks] == [(n, w, w >= fused_width) for n, w in ((1, 32), (1, 16), (5, 8))]
     assert_same(expected, says(policy, inputs), inputs["response_mask"], atol=1e-6)
 
 
 @pytest.mark.parametrize("lengths", [[300, 120, 96, 90, 90, 17, 3], [500, 480, 460, 30], [40, 38, 12, 9], [8], [1, 1]])
 @pytest.mark.parametrize("cost", [0, 500, 4096, 10**9])
-def test_no_other_blocks_are_cheaper(lengths, cost, monkeypatch):
+@pytest.mark.parametrize("fused_from", [1, 100, 10**6])
+def test_no_other_blocks_of_one_kernel_each_are_cheaper(lengths, cost, fused_from, monkeypatch):
     monkeypatch.setattr(packing_module, "BLOCK_COST", cost)
+    monkeypatch.setattr(packing_module, "fused_width", lambda dtype: fused_from)
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     packing = Packing.of(torch.zeros(mask.shape, dtype=torch.int64), mask)
 
@@ -124,7 +127,9 @@ def test_no_other_blocks_are_cheaper(lengths, cost, monkeypatch):
     everything = []
     for cuts in itertools.product([False, True], repeat=len(lengths) - 1):
         ends = [0, *(i for i, cut in enumerate(cuts, start=1) if cut), len(lengths)]
-        everything.append(price([lengths[a:b] for a, b in itertools.pairwise(ends)]))
+        parts = [lengths[a:b] for a, b in itertools.pairwise(ends)]
+        if all(len({8 * math.ceil(length / 8) >= fused_from for length in part}) == 1 for part in parts):
+            everything.append(price(parts))
     assert sum(block.rows for block in packing.blocks) == len(lengths)
     assert sum(cost + block.rows * block.width**2 for block in packing.blocks) == min(everything)
     assert [block.width for block in packing.blocks] == sorted({block.width for block in packing.blocks})[::-1]
@@ -139,6 +144,11 @@ def test_only_tokens_that_something_is_predicted_from_are_computed(monkeypatch):
     assert seen == [(1, 12, 16)]
     tokens = ResponseTokens.of(cases.inputs_of(PROMPTS, RESPONSES))
     assert (len(tokens.packing), len(tokens.cells)) == (12, 9)
+
+
+def test_no_rows_are_no_tokens():
+    packing = Packing.of(torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.bool))
+    assert (len(packing), len(packing.order)) == (0, 0)
 
 
 def test_a_packing_knows_its_cells_wherever_the_padding_is():

@@ -108,18 +108,16 @@ def test_a_step_of_fixed_shape_reads_every_row_and_column_each_time(tokenizer, l
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("shortest", [False, True], ids=["prompts", "prompts of one token"])
 def test_a_step_of_fixed_shape_compiles_into_one_graph_with_the_same_responses(
-    architecture, tokenizer, lines, monkeypatch
+    architecture, tokenizer, lines, shortest, monkeypatch
 ):
+    lines = [line[:1] for line in lines] if shortest else lines
     model = float64_model(architecture)
     expected = decoded(model, tokenizer, lines)
 
-    def compiled(model, *, num_rows):
-        forward = models_own_forward(model)
-        graph = torch.compile(forward, backend="eager", fullgraph=True)
-        return lambda ids, *others: (graph if ids.shape == (num_rows, 1) else forward)(ids, *others)
-
-    monkeypatch.setattr(decoding, "forward_of", compiled)
+    monkeypatch.setattr(decoding, "forward_of", lambda model, *, num_rows: models_own_forward(model))
+    monkeypatch.setattr(decoding, "_step_of", lambda read, cache: torch.compile(read, backend="eager", fullgraph=True))
     torch._dynamo.reset()
     counters.clear()
     assert decoded(model, tokenizer, lines, batch_size=5, static=True) == expected
