@@ -67,7 +67,7 @@ def write_inputs(folder: Path, seed: int) -> None:
 def config_of(folder: Path, policy: str, **changes: Any) -> Any:
     """A PPO run on the folder's models and prompts."""
     from ppo_rlhf.config import PPOConfig
-    from ppo_rlhf.settings import OptimizerSettings, PPOSettings
+    from ppo_rlhf.settings import OptimizerSettings, PPOSettings, SamplingSettings
 
     changes["ppo"] = PPOSettings(**changes.get("ppo", {}))
     changes["optimizer"] = OptimizerSettings(**changes.get("optimizer", {}))
@@ -77,6 +77,7 @@ def config_of(folder: Path, policy: str, **changes: Any) -> Any:
         prompts=str(folder / "prompts.jsonl"),
         eval_prompts=str(folder / "held_out.jsonl"),
         log_with=(),
+        sampling=SamplingSettings(max_new_tokens=LIMIT),
         **changes,
     )
 

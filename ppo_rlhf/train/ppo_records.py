@@ -127,7 +127,8 @@ def throughput_metrics(
 
     sampled, trained: response tokens a second, of sampling and of the update, in which each counts once an epoch.
     matmul_share: model FLOPs of sampling, evaluation and update ÷ (their seconds · the measured peak of a product).
-    padding: share of the padded batch that is no token; computed_padding: what was computed of it after all.
+    padding: share of the padded batch that is no token; computed_padding: what linear layers
+    computed of it after all.
     """
     tokens = ResponseTokens.of(rollout.inputs)
     real, responded = len(tokens.packing), len(tokens.cells)
