@@ -28,13 +28,15 @@ def add_study(parser: ArgumentParser) -> None:
     parser.add_argument("--num_seeds", type=int, help="of ablations: 5 without it")
     parser.add_argument("--workers", type=int, help="runs side by side, a core each; without it one for each core")
     parser.add_argument("--quick", action="store_true", help="runs that are too short to show anything, to try it out")
-    parser.add_argument("--resume", action="store_true", help="run what is not finished in --output-dir")
+    parser.add_argument(
+        "--resume", action="store_true", help="run what is not finished in --output-dir, whose settings stay"
+    )
 
 
 def study(given: Namespace) -> Outcome:
     """Runs a study; → what it found, and where its tables and pictures are."""
     for name in ("seed", "num_seeds", "workers", "quick", "resume"):
-        if given[name] not in (None, False) and name not in OPTIONS[given.name]:
+        if given[name] is not None and given[name] is not False and name not in OPTIONS[given.name]:
             raise UserError(f"study {given.name} has no option --{name.replace('_', '-')}.")
     for name in ("num_seeds", "workers"):
         if given[name] is not None and given[name] < 1:
@@ -67,9 +69,11 @@ def _kl_estimators(given: Namespace, folder: Path) -> Outcome:
 def _overoptimization(given: Namespace, folder: Path) -> Outcome:
     from ppo_rlhf.study import overoptimization
     from ppo_rlhf.study.claims import lines_of
+    from ppo_rlhf.study.toy_runs import begun_plan
 
     plan = overoptimization.QUICK if given.quick else overoptimization.Plan()
-    plan = replace(plan, seed=given.seed or 0)
+    begun = begun_plan(folder, plan)
+    plan = replace(plan if given.quick else begun, seed=begun.seed if given.seed is None else given.seed)
     claims = overoptimization.run(folder, plan, workers=_workers(given))
     summary, lines = _page(folder)
     return {"claims": [asdict(claim) for claim in claims], **summary}, [*lines_of(claims), *lines]
@@ -77,9 +81,11 @@ def _overoptimization(given: Namespace, folder: Path) -> Outcome:
 
 def _ablations(given: Namespace, folder: Path) -> Outcome:
     from ppo_rlhf.study import ablations
+    from ppo_rlhf.study.toy_runs import begun_plan
 
     plan = ablations.QUICK if given.quick else ablations.Plan()
-    plan = replace(plan, num_seeds=given.num_seeds or plan.num_seeds)
+    begun = begun_plan(folder, plan)
+    plan = replace(plan if given.quick else begun, num_seeds=given.num_seeds or begun.num_seeds)
     results = ablations.run(folder, plan, workers=_workers(given))
     summary, lines = _page(folder)
     return {**asdict(results), **summary}, [*ablations.lines_of(results), *lines]
