@@ -58,12 +58,14 @@ def study(given: Namespace) -> Outcome:
 def _kl_estimators(given: Namespace, folder: Path) -> Outcome:
     from ppo_rlhf.study import kl_estimators
     from ppo_rlhf.study.claims import lines_of
+    from ppo_rlhf.study.toy_runs import begin, write_findings
 
-    results = kl_estimators.run(given.seed or 0)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [str(path) for path in kl_estimators.write(results, folder)]
-    lines = [*lines_of(results.claims), f"wrote {', '.join(files)}"]
-    return {"claims": [asdict(claim) for claim in results.claims], "files": files}, lines
+    plan = kl_estimators.Plan(given.seed or 0)
+    results = kl_estimators.run(plan.seed)
+    begin(folder, plan)
+    write_findings(folder, results, kl_estimators.document_of(results))
+    summary, lines = _page(folder)
+    return {"claims": [asdict(claim) for claim in results.claims], **summary}, [*lines_of(results.claims), *lines]
 
 
 def _overoptimization(given: Namespace, folder: Path) -> Outcome:

@@ -6,18 +6,17 @@ vocabulary, in float64: there is no sampling noise in any number here.
 
 from __future__ import annotations
 
-import csv
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Literal
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from ppo_rlhf.core import approx_kl, exact_kl
-from ppo_rlhf.study.claims import Claim
+from ppo_rlhf.document import Chart, Document, Section, Series, Table
+from ppo_rlhf.study.claims import Claim, table_of
 
 Estimator = Literal["k1", "k2", "k3"]
 ESTIMATORS: tuple[Estimator, ...] = ("k1", "k2", "k3")
@@ -27,6 +26,13 @@ KL_COEF = 0.5  # β of the optimum that is looked for
 ASCENT_STEPS, ASCENT_RATE = 10_000, 0.1
 DRIVEN_OUT = 1e-100  # p/q at which a token is gone, and the ascent over: k3 of it would overflow soon
 EXACT = 1e-9  # relative error of a sum of VOCABULARY float64 terms, with room
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is drawn."""
+
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -246,42 +252,47 @@ def claims_of(accuracies: Sequence[Accuracy], optima: Sequence[Optimum]) -> list
     ]
 
 
-def write(results: Results, folder: Path) -> list[Path]:
-    """accuracies.csv, optima.csv and kl_estimators.svg → their paths."""
-    written = []
-    for name, kind, rows in (("accuracies", Accuracy, results.accuracies), ("optima", Optimum, results.optima)):
-        path = folder / f"{name}.csv"
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(kind)])
-            writer.writeheader()
-            writer.writerows(map(asdict, rows))
-        written.append(path)
-    picture = folder / "kl_estimators.svg"
-    picture_of(results).savefig(picture, metadata={"Date": None})
-    return [*written, picture]
-
-
 PANELS = {
-    "bias": "value: |bias|, nats",
-    "std": "value: standard deviation, nats",
-    "loss_gradient_error": "as a loss: relative error of the gradient",
-    "reward_gradient_error": "as a reward: relative error of the gradient",
+    "bias": "As a value: |bias|, nats",
+    "std": "As a value: standard deviation, nats",
+    "loss_gradient_error": "As a loss: relative error of the gradient",
+    "reward_gradient_error": "As a reward: relative error of the gradient",
 }
 
 
-def picture_of(results: Results) -> Figure:
-    """The four errors over the exact KL, one line an estimator; what is exactly 0 is at the bottom."""
-    figure = Figure(figsize=(9, 6.5), layout="constrained")
-    for axes, (name, title) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
-        for estimator in ESTIMATORS:
-            rows = [each for each in results.accuracies if each.estimator == estimator]
-            axes.plot([row.kl for row in rows], [abs(getattr(row, name)) for row in rows], marker="o", label=estimator)
-        axes.set_xscale("log")
-        axes.set_yscale("symlog", linthresh=1e-4)
-        axes.set_ylim(0, 3)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("KL(p‖q), nats a token")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False)
-    return figure
+def document_of(results: Results) -> Document:
+    """The claims, the four errors over the exact KL, one line an estimator, and all numbers."""
+    text = (
+        f"One token of a vocabulary of {VOCABULARY} is drawn from a policy p and compared with a reference q: "
+        "k1 = log p/q, k2 = (log p/q)²/2, k3 = q/p − 1 + log p/q. Every expectation is a sum over the vocabulary, in "
+        "float64, so that no number has sampling noise; the reference, the direction in which the policy leaves it and "
+        "the rewards are drawn once by the seed."
+    )
+    optima_text = (
+        f"Where gradient ascent on r − β·k ends, β = {KL_COEF}, seen by J = E_p[r] − β·KL(p‖q). regret: max J − J; "
+        "gradient_at_best: the norm that is left at the best policy; lowest_ratio: the least p/q."
+    )
+    charts = [_chart(name, title, results.accuracies) for name, title in PANELS.items()]
+    return Document(
+        "What k1, k2 and k3 estimate",
+        [text],
+        [
+            Section("Findings", tables=[table_of(results.claims)]),
+            Section("Value and gradients", tables=[_rows_table(results.accuracies)], charts=charts),
+            Section("Optima of the reward", [optima_text], tables=[_rows_table(results.optima)]),
+        ],
+    )
+
+
+def _chart(name: str, title: str, accuracies: Sequence[Accuracy]) -> Chart:
+    lines = []
+    for estimator in ESTIMATORS:
+        rows = [each for each in accuracies if each.estimator == estimator]
+        nats, errors = [math.log10(row.kl) for row in rows], [abs(getattr(row, name)) for row in rows]
+        lines.append(Series(estimator, nats, errors))
+    return Chart(title, tuple(lines), x_label="log₁₀ KL(p‖q), nats a token")
+
+
+def _rows_table(rows: Sequence[Accuracy] | Sequence[Optimum]) -> Table:
+    cells = [[f"{cell:.3g}" if isinstance(cell, float) else cell for cell in asdict(row).values()] for row in rows]
+    return Table([field.name for field in fields(rows[0])], cells)

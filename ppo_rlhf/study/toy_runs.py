@@ -1,4 +1,4 @@
-"""Runs on the embedded task with some of the demo's settings changed: what the studies below are made of."""
+"""Runs on the embedded task with some of the demo's settings changed, and the folder of a study."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """The study of KL estimators: its numbers against sums worked by hand, its claims, its files, its command."""
 
-import csv
 import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from refusals import refusal
 from tiny_runs import in_tmp_path
 
 from ppo_rlhf import cli
@@ -113,20 +113,25 @@ def test_a_claim_about_a_gradient_fails_by_one_error_of_a_thousandth(estimator, 
     assert failing[0].startswith(f"As a loss, {estimator} has")
 
 
-def test_the_command_writes_tables_and_a_picture_and_tells_the_claims(tmp_path, capsys):
-    assert cli.main(["study", "kl-estimators", "--output-dir", "study", "--json"]) == 0
+def test_the_command_writes_its_numbers_and_a_page_and_tells_the_claims(tmp_path, capsys):
+    assert cli.main(["study", "kl-estimators", "--seed", "5", "--output-dir", "study", "--json"]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert all(claim["holds"] for claim in told["claims"])
-    rows = list(csv.DictReader((tmp_path / "study" / "accuracies.csv").open()))
-    assert len(rows) == 3 * 7
-    assert {row["estimator"] for row in rows} == {"k1", "k2", "k3"}
-    picture = (tmp_path / "study" / "kl_estimators.svg").read_text()
-    assert picture.count("<svg") == 1
+    assert told["files"] == [f"study/{name}" for name in ("README.md", "results.json", "report.html")]
+    assert (tmp_path / "study" / "config.yaml").read_text() == "seed: 5\n"
+    results = json.loads((tmp_path / "study" / "results.json").read_text())
+    assert results["claims"] == told["claims"]
+    assert len(results["accuracies"]) == 3 * 7
+    assert [row["estimator"] for row in results["optima"]] == ["k1", "k2", "k3"]
+    markdown = (tmp_path / "study" / "README.md").read_text()
+    assert "| As a loss, k1 has no gradient at all in expectation. | yes | largest norm" in markdown
+    assert "| k2 | 0.3 | " in markdown
+    assert (tmp_path / "study" / "report.html").read_text().count('class="picture"') == 4
 
 
-def test_a_run_s_folder_is_not_written_over(tmp_path, capsys):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("")
-    assert cli.main(["study", "kl-estimators", "--output-dir", "run"]) == 2
-    assert "run holds a run already" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+def test_a_second_study_does_not_write_over_the_first(tmp_path, capfd):
+    command = ["study", "kl-estimators", "--output-dir", "study"]
+    assert cli.main(command) == 0
+    before = (tmp_path / "study" / "results.json").read_bytes()
+    assert "study holds a run already" in refusal(cli.main, [*command, "--seed", "1"], capfd)
+    assert (tmp_path / "study" / "results.json").read_bytes() == before
