@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -94,7 +93,9 @@ def _ablations(given: Namespace, folder: Path) -> Outcome:
 
 
 def _workers(given: Namespace) -> int:
-    return given.workers or os.cpu_count() or 1
+    from ppo_rlhf.run.grid import available_cores
+
+    return given.workers or available_cores()
 
 
 def _page(folder: Path) -> Outcome:
