@@ -11,19 +11,24 @@ from tiny_runs import in_tmp_path, jsonl, strict, write_rows
 from ppo_rlhf import cli
 from ppo_rlhf.records import read_lines
 from ppo_rlhf.study.overoptimization import Plan
-from ppo_rlhf.study.overoptimization.curves import Curve, Point, best_of_n_curve, fit, ppo_curve
+from ppo_rlhf.study.overoptimization.curves import Curve, Fit, Point, best_of_n_curve, fit, ppo_curve
 from ppo_rlhf.study.overoptimization.page import (
     best_of_n_takes_less_kl,
     clear,
+    document_of,
     ensembles_lose_less,
     grows_with,
     penalty_stops_early,
+    results_of,
     turns_over,
 )
 
 __all__ = ["in_process", "in_tmp_path"]
 
 DISTANCES = [0.0, 0.5, 1.0, 2.0, 3.5, 6.0]
+RULES = ("mean", "min", "lower_bound")
+PLAN = Plan(sizes=("narrow",), label_counts=(100, 400), kl_coefs=(0.1,), num_members=2)
+RISES, FALLS = [0, 0.2, 0.4, 0.6, 0.8, 1.0], [0, 0.3, 0.5, 0.2, -0.5, -2.0]
 
 
 def curve(golds, distances=DISTANCES, *, target="narrow-100", method="PPO", kl_coef=0.0, proxies=None):
@@ -66,9 +71,39 @@ def test_gold_that_only_rises_has_no_peak_within_its_form():
     assert fit(curve([d + d**2 for d in DISTANCES], method="best of n")).peak_distance is None
 
 
+@pytest.mark.parametrize(
+    ("method", "alpha", "beta", "peak"),
+    [
+        ("PPO", 0.5, 0.0005, None),  # exp(999)
+        ("PPO", 0.5, 0.5 / 700, math.exp(699)),
+        ("PPO", -0.5, 0.5, math.exp(-2)),  # d·(−0.5 − 0.5·log d) is above 0 up to d = 1/e
+        ("PPO", 0.5, 0.0, None),
+        ("best of n", -0.3, 0.1, None),  # it falls from d = 0 on
+        ("best of n", 0.0, 0.1, None),
+        ("best of n", 0.3, 0.1, 1.5),
+        ("best of n", 0.3, -0.1, None),
+    ],
+)
+def test_a_form_has_a_peak_only_at_a_distance_above_zero_that_is_a_number(method, alpha, beta, peak):
+    found = Fit("x", method, alpha=alpha, alpha_error=0, beta=beta, beta_error=0, r_squared=1)
+    assert found.peak_distance == (peak if peak is None else pytest.approx(peak))
+
+
 def test_two_points_are_too_few_for_two_coefficients_and_their_errors():
-    with pytest.raises(ValueError, match="need three points, not 2"):
-        fit(curve([0.0, 1.0, 1.5], [0.0, 0.5, 1.0]))
+    assert fit(curve([0.0, 1.0, 1.5], [0.0, 0.5, 1.0])) is None
+
+
+def test_a_run_that_never_left_the_start_has_a_row_without_a_fit():
+    """Its estimated KL is 0 but for two evaluations."""
+    plan = Plan(sizes=("narrow",), label_counts=(100,), kl_coefs=())
+    names = ["narrow-100", *(f"narrow-100-{rule}" for rule in RULES)]
+    curves = [curve(FALLS, target=name, method="best of n") for name in names]
+    curves += [curve([0, 0.1, 0.2, 0.1], [0, 0, 0.3, 0.5]), *(curve(FALLS, target=name) for name in names[1:])]
+    results = results_of(curves, {"narrow-100": 0.7}, plan)
+    assert len(results.fits) == 4 + 3
+    rows = document_of(results, plan).sections[2].tables[0].rows
+    assert rows[0] == ["narrow-100", "0.700", *["none"] * 4, "+0.20 at d = 0.30", "+0.10 at d = 0.50", "+3.00"]
+    assert "none" not in rows[1][:5]
 
 
 def test_best_of_n_starts_at_zero_and_takes_the_gold_of_the_highest_score():
@@ -100,11 +135,6 @@ def test_a_run_s_curve_is_measured_from_its_first_evaluation(tmp_path):
 def test_gold_between_two_points_is_on_the_line_between_them():
     bent = curve([0.0, 1.0, 0.0], [0.0, 2.0, 1.0])  # it came back
     assert [bent.gold_at(d) for d in (0.5, 1.5, 9.0)] == pytest.approx([0.0, 0.5, 1.0])
-
-
-RULES = ("mean", "min", "lower_bound")
-PLAN = Plan(sizes=("narrow",), label_counts=(100, 400), kl_coefs=(0.1,), num_members=2)
-RISES, FALLS = [0, 0.2, 0.4, 0.6, 0.8, 1.0], [0, 0.3, 0.5, 0.2, -0.5, -2.0]
 
 
 def curves_of(weak, strong, *, kl=(), ensembles=()):

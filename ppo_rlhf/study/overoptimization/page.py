@@ -24,14 +24,14 @@ class Results:
     """The whole study."""
 
     curves: list[Curve]
-    fits: list[Fit]  # of the curves without a penalty, in their order
+    fits: list[Fit]  # of the curves without a penalty, in their order, that have the points for one
     label_accuracy: dict[str, float]  # of each proxy, on held-out labels
     claims: list[Claim]
 
 
 def results_of(curves: list[Curve], label_accuracy: dict[str, float], plan: Plan) -> Results:
     """The curves with their fits, and what they say of Gao et al.'s findings, and Coste et al.'s on ensembles."""
-    fits = [fit(curve) for curve in curves if curve.kl_coef == 0]
+    fits = [fitted for curve in curves if curve.kl_coef == 0 and (fitted := fit(curve))]
     claims = [
         *(turns_over(curves, plan, method) for method in METHODS),
         grows_with(curves, plan, "labels"),
@@ -204,14 +204,16 @@ def _method_section(results: Results, plan: Plan, method: Method) -> Section:
     for size in plan.sizes:
         named = [(f"{count:,} labels", f"{size}-{count}") for count in plan.label_counts]
         gold = [_dots(name, curve_of(results.curves, target, method)) for name, target in named]
-        fitted = [_line(name, _fit_of(results, target, method), results.curves) for name, target in named]
+        fitted = [
+            _line(name, found, results.curves) for name, target in named if (found := _fit_of(results, target, method))
+        ]
         proxy = [_path(name, curve_of(results.curves, target, method), "proxy") for name, target in named]
         charts += [_chart(f"Gold, {size} proxies, {method}", [*gold, *fitted])]
         charts += [_chart(f"Proxy, {size} proxies, {method}", proxy)]
     rows = [
-        _fit_row(fitted, curve_of(results.curves, fitted.target, method), results.label_accuracy)
-        for fitted in results.fits
-        if fitted.method == method
+        _fit_row(curve, _fit_of(results, curve.target, method), results.label_accuracy)
+        for curve in results.curves
+        if curve.method == method and curve.kl_coef == 0
     ]
     columns = [
         "proxy",
@@ -229,15 +231,16 @@ def _method_section(results: Results, plan: Plan, method: Method) -> Section:
     return Section(method[0].upper() + method[1:], [text], [Table(columns, rows)], charts)
 
 
-def _fit_row(fitted: Fit, curve: Curve, label_accuracy: dict[str, float]) -> list[str]:
-    accuracy = label_accuracy.get(fitted.target)
+def _fit_row(curve: Curve, fitted: Fit | None, label_accuracy: dict[str, float]) -> list[str]:
+    accuracy = label_accuracy.get(curve.target)
+    peak = fitted.peak_distance if fitted else None
     return [
-        fitted.target,
+        curve.target,
         "" if accuracy is None else f"{accuracy:.3f}",
-        f"{fitted.alpha:.3f} ± {fitted.alpha_error:.3f}",
-        f"{fitted.beta:.3f} ± {fitted.beta_error:.3f}",
-        f"{fitted.r_squared:.2f}",
-        "none" if fitted.peak_distance is None else f"{fitted.peak_distance:.2f}",
+        f"{fitted.alpha:.3f} ± {fitted.alpha_error:.3f}" if fitted else "none",
+        f"{fitted.beta:.3f} ± {fitted.beta_error:.3f}" if fitted else "none",
+        f"{fitted.r_squared:.2f}" if fitted else "none",
+        "none" if peak is None else f"{peak:.3g}",
         f"{curve.peak.gold:+.2f} at d = {curve.peak.distance:.2f}",
         f"{curve.end.gold:+.2f} at d = {curve.end.distance:.2f}",
         f"{curve.end.proxy:+.2f}",
@@ -276,9 +279,8 @@ def _single(plan: Plan) -> list[Target]:
     return [target for target in plan.targets if not target.rule]
 
 
-def _fit_of(results: Results, target: str, method: Method) -> Fit:
-    (found,) = (each for each in results.fits if (each.target, each.method) == (target, method))
-    return found
+def _fit_of(results: Results, target: str, method: Method) -> Fit | None:
+    return next((each for each in results.fits if (each.target, each.method) == (target, method)), None)
 
 
 def _chart(title: str, series: Sequence[Series]) -> Chart:
