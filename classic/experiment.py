@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ from classic.variants import Variant, changed
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.run import new_folder, read_config, refuse_changes, write_config, write_text
 from ppo_rlhf.run.folder import HOW_OFTEN
-from ppo_rlhf.run.grid import Job, run_grid
+from ppo_rlhf.run.grid import Job, available_cores, run_grid
 from ppo_rlhf.seeding import keyed_seed
 
 RANDOM_EPISODES = 100  # of the untrained policy, whose mean return is score 0
@@ -99,7 +98,7 @@ def carry_out(experiment: Experiment, config: ExperimentConfig) -> tuple[Path, R
     random = {env_id: random_return(folder, experiment.base(env_id, config.num_steps)) for env_id in config.env_ids}
     command = (sys.executable, "-m", "classic", "train")
     jobs = [Job(str(path.relative_to(folder)), command, path) for path in planned]
-    run_grid(jobs, workers=config.workers or os.cpu_count() or 1, title=experiment.name)
+    run_grid(jobs, workers=config.workers or available_cores(), title=experiment.name)
     returns = {
         variant: {
             env_id: [experiment.outcome(folder_of(folder, env_id, variant, seed)) for seed in config.seeds]

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from refusals import refusal
 from scipy import stats
+
+from ppo_rlhf.run import checked_out_commit
 
 BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
 README = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
@@ -31,6 +34,8 @@ def folder(tmp_path):
 
 def write(folder, summary):
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text("seed: 0\n")
+    (folder / "environment.json").write_text(json.dumps({"commit": checked_out_commit()}))
     (folder / "summary.json").write_text(json.dumps(summary))
 
 
@@ -65,7 +70,7 @@ def test_a_figure_that_one_seed_lacks_is_missing(rerun, other):
 
 
 def test_figures_inside_their_intervals_end_with_code_0(rerun, folder):
-    assert rerun.main(["--output-dir", str(folder), "--only", "demo", "pendulum"]) == 0
+    assert rerun.main(["--resume", "--output-dir", str(folder), "--only", "demo", "pendulum"]) == 0
     found = findings(folder)
     assert found["return_after"]["value"] == -167.0
     assert {row["verdict"] for row in found.values()} == {"inside"}
@@ -74,7 +79,7 @@ def test_figures_inside_their_intervals_end_with_code_0(rerun, folder):
 
 def test_a_figure_that_moved_ends_with_code_1_and_is_named(rerun, folder, capsys):
     write(folder / "demo/seed-0", {"reward": {"pairwise_accuracy": 0.5}, "ppo": {"gold_score_after": None, "kl": 3}})
-    assert rerun.main(["--output-dir", str(folder), "--only", "demo"]) == 1
+    assert rerun.main(["--resume", "--output-dir", str(folder), "--only", "demo"]) == 1
     told = {figure: row["verdict"] for figure, row in findings(folder).items()}
     assert told == {"reward.pairwise_accuracy": "below", "ppo.gold_score_after": "missing", "ppo.kl": "inside"}
     assert re.search(r"demo.*0\.500.*below", capsys.readouterr().out)
@@ -84,7 +89,7 @@ def test_a_run_that_fails_leaves_its_figures_missing_and_the_others_are_compared
     reference = next(each for each in rerun.read_references() if each.name == "pendulum")
     broken = rerun.Reference("broken", "python -c 'raise SystemExit(3)'", (0,), {"loss": (0, 1)}, "")
     monkeypatch.setattr(rerun, "read_references", lambda: [broken, reference])
-    assert rerun.main(["--output-dir", str(folder)]) == 1
+    assert rerun.main(["--resume", "--output-dir", str(folder)]) == 1
     assert {figure: row["verdict"] for figure, row in findings(folder).items()} == {
         "loss": "missing",
         "return_after": "inside",
@@ -105,6 +110,38 @@ def test_the_commands_are_those_of_a_user_with_a_folder_for_each_seed(rerun, tmp
 def test_what_leaves_no_run_folder_is_measured(rerun):
     without = [each for each in rerun.read_references() if not each.seeds]
     assert {each.name for each in without} == set(rerun.WITHOUT_RUNS)
+    assert rerun.claims_that_fail() == {"claims_that_fail": 0}
+
+
+def test_the_slowest_help_is_the_largest_of_what_each_command_takes_at_least(rerun, monkeypatch):
+    import startup
+
+    used = iter([0, 5, 6, 8, 9, 13, 0, 3, 9, 12, 14, 17])  # 5 1 2 1 4 and 3 6 3 2 3 seconds
+    monkeypatch.setattr(startup, "WORDS", ((), ("demo",)))
+    monkeypatch.setattr(startup, "cpu_seconds_of_children", lambda: next(used))
+    monkeypatch.setattr(startup.subprocess, "run", lambda *_, **__: None)
+    assert rerun.slowest_help() == {"slowest_help": 2}
+
+
+def test_runs_that_are_there_are_not_reported_again_unless_they_are_resumed(rerun, folder, capfd):
+    told = refusal(rerun.main, ["--output-dir", folder, "--only", "pendulum"], capfd)
+    assert "pendulum/seed-0 holds a run already; go on with it by --resume, or give another --output-dir." in told
+    assert not (folder / "rerun.json").exists()
+
+
+@pytest.mark.parametrize("place", ["pendulum/seed-1", "demo/seed-0/ppo"])
+def test_runs_of_another_commit_are_not_resumed(rerun, folder, place, capfd):
+    write(folder / place, {})
+    (folder / place / "environment.json").write_text('{"commit": "0123abc"}')
+    told = refusal(rerun.main, ["--resume", "--output-dir", folder, "--only", "demo", "pendulum"], capfd)
+    assert f"{place} was run at commit 0123abc, and {checked_out_commit()} is checked out" in told
+    assert not (folder / "rerun.json").exists()
+
+
+@pytest.mark.parametrize("words", [[], ["--resume"], ["--only", "startup"]])
+def test_a_file_is_no_folder_for_runs(rerun, tmp_path, words, capfd):
+    (tmp_path / "file").write_text("")
+    assert "file is a file, not a folder" in refusal(rerun.main, ["--output-dir", tmp_path / "file", *words], capfd)
 
 
 # ------------------------------------------------------------------------------- the intervals follow from the tables

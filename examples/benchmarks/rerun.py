@@ -1,10 +1,11 @@
 """Runs the quick half of the reference results again, and says which figures lie outside their intervals.
 
     python examples/benchmarks/rerun.py --output-dir runs/rerun
-    python examples/benchmarks/rerun.py --output-dir runs/rerun --only pendulum startup
+    python examples/benchmarks/rerun.py --output-dir runs/rerun-some --only pendulum startup
 
 The commands and the intervals are in reference.json. Prints a table and writes the same into <output-dir>/rerun.json;
-exit code 1 where a figure moved. A run that is finished in the folder is not repeated, one that was begun goes on.
+exit code 1 where a figure moved. With --resume a run that is finished in the folder is not repeated, and one that was
+begun goes on, if both are of the commit that is checked out.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ppo_rlhf.errors import Interrupted, UserError
-from ppo_rlhf.run import is_finished, strict_json, write_text
+from ppo_rlhf.run import checked_out_commit, is_finished, new_folder, strict_json, write_text
 from ppo_rlhf.run.grid import Job, run_grid
 
 REFERENCE = Path(__file__).with_name("reference.json")
@@ -93,7 +94,7 @@ def claims_that_fail() -> dict[str, Any]:
 
 
 def slowest_help() -> dict[str, Any]:
-    """What startup.py finds."""
+    """What startup.py finds: of each command the least of its repeats, and of these the largest."""
     from startup import WORDS, seconds
 
     return {"slowest_help": max(seconds(*words) for words in WORDS)}
@@ -140,16 +141,37 @@ def show(findings: Sequence[Finding]) -> None:
     Console(markup=False, highlight=False).print(table)
 
 
+def check_folder(folder: Path, jobs: Sequence[Job], *, resume: bool) -> None:
+    """Raises UserError for a file, runs that are not to be resumed, and runs of another commit than is checked out."""
+    for each in (folder, *(job.folder for job in jobs)):
+        new_folder(str(each), "rerun", resume=resume)
+    now = checked_out_commit()
+    for path in sorted(path for job in jobs for path in job.folder.rglob("environment.json")):
+        then = json.loads(path.read_text(encoding="utf-8"))["commit"]
+        if then != now:
+            raise UserError(
+                f"{path.parent} was run at commit {then}, and {now} is checked out; give another --output-dir."
+            )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """→ 0 where every figure is inside its interval, 1 where one moved, 130 or 143 after a signal."""
+    """→ 0 where every figure is inside its interval, 1 where one moved, 2 for a folder that will not do, 128 + n after
+    signal n.
+    """
     references = read_references()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=[each.name for each in references])
     parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--resume", action="store_true", help="go on with the runs in --output-dir")
     given = parser.parse_args(argv)
 
     chosen = [each for each in references if given.only is None or each.name in given.only]
     jobs = [job for each in chosen for job in each.jobs(given.output_dir)]
+    try:
+        check_folder(given.output_dir, jobs, resume=given.resume)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     try:
         run_grid(jobs, workers=WORKERS, title="reference results")
     except Interrupted as stopped:

@@ -1,10 +1,9 @@
-"""Times `--help` of every command, median of five: python examples/benchmarks/startup.py"""
+"""Times `--help` of every command, least of five: python examples/benchmarks/startup.py"""
 
 from __future__ import annotations
 
 import itertools
 import resource
-import statistics
 import subprocess
 import sys
 
@@ -14,12 +13,12 @@ WORDS = ((), *((command,) for command in COMMANDS))
 
 
 def seconds(*words: str) -> float:
-    """Median process CPU seconds of `ppo-rlhf WORDS --help`: alone on a machine as long as it takes."""
+    """Least process CPU seconds of five times `ppo-rlhf WORDS --help`, which other work on the machine raises least."""
     times = [cpu_seconds_of_children()]
     for _ in range(5):
         subprocess.run([sys.executable, "-m", "ppo_rlhf", *words, "--help"], check=True, stdout=subprocess.DEVNULL)
         times.append(cpu_seconds_of_children())
-    return statistics.median(after - before for before, after in itertools.pairwise(times))
+    return min(after - before for before, after in itertools.pairwise(times))
 
 
 def cpu_seconds_of_children() -> float:

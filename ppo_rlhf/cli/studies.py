@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,13 +27,15 @@ def add_study(parser: ArgumentParser) -> None:
     parser.add_argument("--num_seeds", type=int, help="of ablations: 5 without it")
     parser.add_argument("--workers", type=int, help="runs side by side, a core each; without it one for each core")
     parser.add_argument("--quick", action="store_true", help="runs that are too short to show anything, to try it out")
-    parser.add_argument("--resume", action="store_true", help="run what is not finished in --output-dir")
+    parser.add_argument(
+        "--resume", action="store_true", help="run what is not finished in --output-dir, whose settings stay"
+    )
 
 
 def study(given: Namespace) -> Outcome:
     """Runs a study; → what it found, and where its tables and pictures are."""
     for name in ("seed", "num_seeds", "workers", "quick", "resume"):
-        if given[name] not in (None, False) and name not in OPTIONS[given.name]:
+        if given[name] is not None and given[name] is not False and name not in OPTIONS[given.name]:
             raise UserError(f"study {given.name} has no option --{name.replace('_', '-')}.")
     for name in ("num_seeds", "workers"):
         if given[name] is not None and given[name] < 1:
@@ -56,20 +57,24 @@ def study(given: Namespace) -> Outcome:
 def _kl_estimators(given: Namespace, folder: Path) -> Outcome:
     from ppo_rlhf.study import kl_estimators
     from ppo_rlhf.study.claims import lines_of
+    from ppo_rlhf.study.toy_runs import begin, write_findings
 
-    results = kl_estimators.run(given.seed or 0)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [str(path) for path in kl_estimators.write(results, folder)]
-    lines = [*lines_of(results.claims), f"wrote {', '.join(files)}"]
-    return {"claims": [asdict(claim) for claim in results.claims], "files": files}, lines
+    plan = kl_estimators.Plan(given.seed or 0)
+    results = kl_estimators.run(plan.seed)
+    begin(folder, plan)
+    write_findings(folder, results, kl_estimators.document_of(results))
+    summary, lines = _page(folder)
+    return {"claims": [asdict(claim) for claim in results.claims], **summary}, [*lines_of(results.claims), *lines]
 
 
 def _overoptimization(given: Namespace, folder: Path) -> Outcome:
     from ppo_rlhf.study import overoptimization
     from ppo_rlhf.study.claims import lines_of
+    from ppo_rlhf.study.toy_runs import begun_plan
 
     plan = overoptimization.QUICK if given.quick else overoptimization.Plan()
-    plan = replace(plan, seed=given.seed or 0)
+    begun = begun_plan(folder, plan)
+    plan = replace(plan if given.quick else begun, seed=begun.seed if given.seed is None else given.seed)
     claims = overoptimization.run(folder, plan, workers=_workers(given))
     summary, lines = _page(folder)
     return {"claims": [asdict(claim) for claim in claims], **summary}, [*lines_of(claims), *lines]
@@ -77,16 +82,20 @@ def _overoptimization(given: Namespace, folder: Path) -> Outcome:
 
 def _ablations(given: Namespace, folder: Path) -> Outcome:
     from ppo_rlhf.study import ablations
+    from ppo_rlhf.study.toy_runs import begun_plan
 
     plan = ablations.QUICK if given.quick else ablations.Plan()
-    plan = replace(plan, num_seeds=given.num_seeds or plan.num_seeds)
+    begun = begun_plan(folder, plan)
+    plan = replace(plan if given.quick else begun, num_seeds=given.num_seeds or begun.num_seeds)
     results = ablations.run(folder, plan, workers=_workers(given))
     summary, lines = _page(folder)
     return {**asdict(results), **summary}, [*ablations.lines_of(results), *lines]
 
 
 def _workers(given: Namespace) -> int:
-    return given.workers or os.cpu_count() or 1
+    from ppo_rlhf.run.grid import available_cores
+
+    return given.workers or available_cores()
 
 
 def _page(folder: Path) -> Outcome:

@@ -4,6 +4,7 @@ from ppo_rlhf.run.checkpoints import LoopState, checkpoints_in, is_whole, number
 from ppo_rlhf.run.folder import (
     SAMPLES_KEPT,
     Run,
+    checked_out_commit,
     is_finished,
     matmul_precision_of,
     new_folder,
@@ -31,6 +32,7 @@ __all__ = [
     "Start",
     "StepProgress",
     "begin",
+    "checked_out_commit",
     "checkpoints_in",
     "end_processes",
     "gathered",

@@ -371,13 +371,13 @@ def _environment(config: Any, kind: str, accelerator: Accelerator) -> dict[str, 
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
-        "commit": _commit(),
+        "commit": checked_out_commit(),
         "versions": {name: version(name) for name in LIBRARIES} | {"ppo_rlhf": version("ppo-rlhf")},
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
 
-def _commit() -> str | None:
+def checked_out_commit() -> str | None:
     """The commit of the working folder, None outside a git checkout."""
     try:
         answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)

@@ -34,11 +34,16 @@ class Job:
         return self.folder.with_name(f"{self.folder.name}.log")
 
 
+def available_cores() -> int:
+    """How many cores this process may run on, where the platform tells; else how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def run_grid(jobs: Sequence[Job], *, workers: int, title: str = "runs") -> None:
     """Runs the jobs, `workers` at a time, one thread each; what is finished is not repeated, what was begun goes on.
 
-    A job that fails is told with its last line, and the others go on. Ctrl-C and SIGTERM are passed on as one SIGINT,
-    by which a run saves its step; a second one kills.
+    A job that fails is told with its last line, and the others go on. Ctrl-C, SIGTERM and a closed terminal are passed
+    on as one SIGINT, by which a run saves its step; a second one kills.
 
     Raises UserError at the end where any failed, and Interrupted after a signal.
     """

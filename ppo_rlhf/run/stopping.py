@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during a run: the step is finished and saved first."""
+"""Ctrl-C, SIGTERM and a closed terminal during a run: the step is finished and saved first."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import signal
 import threading
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class StopRequest:
-    """Listens for the two signals while a run is being written."""
+    """Listens for the signals while a run is being written."""
 
     def __init__(self, *, tells: bool) -> None:
         """tells: that it has heard, on stderr."""
@@ -20,9 +20,13 @@ class StopRequest:
         self._before: dict[signal.Signals, object] = {}
 
     def listen(self) -> None:
-        """From now on a signal is kept until the end of the step; a second one interrupts at once."""
+        """From now on a signal is kept until the end of the step; a second one interrupts at once.
+
+        A hangup that is ignored already, by nohup, stays so.
+        """
         if threading.current_thread() is threading.main_thread():  # no other may
-            self._before = {each: signal.signal(each, self._receive) for each in SIGNALS}
+            heard = [each for each in SIGNALS if each.name != "SIGHUP" or signal.getsignal(each) != signal.SIG_IGN]
+            self._before = {each: signal.signal(each, self._receive) for each in heard}
 
     def forget(self) -> None:
         """Signals do again what they did before."""
@@ -35,4 +39,7 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal = number
         if self._tells:  # past Python's buffers, in the middle of whose writing a signal may come
-            os.write(2, b"stopping after this step; once more stops at once.\n")
+            try:
+                os.write(2, b"stopping after this step; once more stops at once.\n")
+            except OSError:  # the terminal is gone: what else is said there must not end the step
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

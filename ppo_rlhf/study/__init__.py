@@ -1,1 +1,1 @@
-"""Experiments on what the toolkit does, each a function that returns its results and one that writes them down."""
+"""Experiments on what the toolkit does: each returns its results, and makes a page of them."""

@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from ppo_rlhf.document import Chart, Document, Section, Series, Table
+from ppo_rlhf.errors import UserError
 from ppo_rlhf.models import load_policy, save_value_head
 from ppo_rlhf.records import record_of
 from ppo_rlhf.run.grid import Job, run_grid
 from ppo_rlhf.seeding import keyed_generator
 from ppo_rlhf.statistics import Estimate, estimate, interquartile_mean
-from ppo_rlhf.study.toy_runs import Changes, begin, demo_job, stage_job, write_findings
+from ppo_rlhf.study.toy_runs import Changes, begin, begun_plan, demo_job, stage_job, write_findings
 
 RANDOM_HEAD = "a seed's random value head"  # stands for the folder that holds it
 
@@ -125,6 +126,11 @@ def run(folder: Path, plan: Plan, *, workers: int) -> Results:
 
     Raises UserError for a folder in which another grid was begun; more seeds may join it.
     """
+    begun = begun_plan(folder, plan).num_seeds
+    if plan.num_seeds < begun:
+        raise UserError(
+            f"--num-seeds {plan.num_seeds}: {folder} was started with {begun}; more may join them, not fewer."
+        )
     begin(folder, plan, may_change=["num_seeds"])
     run_grid(shared_jobs(folder, plan), workers=workers, title="supervised policies and reward models")
     run_grid(variant_jobs(folder, plan), workers=workers, title="variants")

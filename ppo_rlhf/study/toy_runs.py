@@ -1,24 +1,26 @@
-"""Runs on the embedded task with some of the demo's settings changed: what the studies below are made of."""
+"""Runs on the embedded task with some of the demo's settings changed, and the folder of a study."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from ppo_rlhf import toy
 from ppo_rlhf.document import DOCUMENT, Document
+from ppo_rlhf.errors import UserError
 from ppo_rlhf.pipeline import STAGES
 from ppo_rlhf.run import read_config, refuse_changes, strict_json, write_config, write_text
 from ppo_rlhf.run.grid import Job
 
 PIPELINE = Path(toy.__file__).with_name("pipeline.yaml")
 Changes = Mapping[str, Any]  # dotted name of a setting → its value
+Plan = TypeVar("Plan", bound=Any)  # a study's dataclass
 
 COMMON: Changes = {
     "log_with": [],
@@ -40,6 +42,19 @@ def demo_job(folder: Path, changes: Changes) -> Job:
     """The whole demo, with some settings changed."""
     common = {f"{stage}.{name}": value for stage in STAGES for name, value in COMMON.items()}
     return Job(folder.name, _command("demo", {**common, **changes}), folder)
+
+
+def begun_plan(folder: Path, plan: Plan) -> Plan:
+    """The plan with which the study in the folder was begun; the given one where none was.
+
+    Raises UserError for a folder of something else.
+    """
+    begun = read_config(folder) or {}
+    unknown = begun.keys() - asdict(plan).keys()
+    if unknown:
+        raise UserError(f"{folder} holds another run than this study's: its config.yaml has {min(unknown)}.")
+    lists = {name: tuple(value) for name, value in begun.items() if isinstance(value, list)}
+    return replace(plan, **{**begun, **lists})
 
 
 def begin(folder: Path, plan: Any, *, may_change: Sequence[str] = ()) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from ppo_rlhf.errors import Interrupted, UserError
-from ppo_rlhf.run.grid import Job, run_grid
+from ppo_rlhf.run.grid import Job, available_cores, run_grid
+from ppo_rlhf.run.stopping import StopRequest
 
 # A run that notes when it was there, does what it is told, and finishes.
 SCRIPT = """
@@ -66,12 +67,12 @@ def signal_when_listening():
     """Sends this process signals, each when the jobs' processes have got so far that they could hear it."""
     threads = []
 
-    def begin(*waits):
+    def begin(*waits, number=signal.SIGINT):
         def send():
             for paths in waits:
                 while not all(path.exists() for path in paths):
                     time.sleep(0.01)
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), number)
 
         threads.append(threading.Thread(target=send))
         threads[-1].start()
@@ -132,12 +133,13 @@ def test_a_command_that_dies_without_a_word_is_told_so(job, capfd, tmp_path):
     assert "silent failed with exit code 3: it said nothing" in capfd.readouterr().err
 
 
-def test_ctrl_c_lets_the_runs_save_and_starts_no_other(job, signal_when_listening):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_lets_the_runs_save_and_starts_no_other(job, signal_when_listening, number, code):
     jobs = [job("one", "saves"), job("two", "saves"), job("three")]
-    signal_when_listening([each.folder / "listens" for each in jobs[:2]])
+    signal_when_listening([each.folder / "listens" for each in jobs[:2]], number=number)
     with pytest.raises(Interrupted, match="0 of 3 runs finished; --resume goes on") as stopped:
         run_grid(jobs, workers=2)
-    assert stopped.value.code == 130
+    assert stopped.value.code == code
     assert [(each.folder / "saved").read_text() for each in jobs[:2]] == ["2\n", "2\n"]
     assert starts(jobs[2]) == []
 
@@ -155,3 +157,49 @@ def test_signals_do_afterwards_what_they_did_before(job):
     before = signal.getsignal(signal.SIGINT)
     run_grid([job("one")], workers=1)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.fixture
+def restored_hangup():
+    before = signal.getsignal(signal.SIGHUP)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_hangup_that_is_ignored_stays_so(restored_hangup):
+    """As by nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopRequest(tells=False)
+    stop.listen()
+    signal.raise_signal(signal.SIGHUP)
+    stop.forget()
+    assert stop.signal == 0
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_a_hangup_is_heard_though_its_terminal_is_gone(restored_hangup, monkeypatch):
+    """And stderr is another from then on, which takes what the step still says."""
+    replaced = []
+
+    def gone(descriptor, text):
+        raise OSError(5, "Input/output error")
+
+    stop = StopRequest(tells=True)
+    stop.listen()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", gone)
+        patch.setattr(os, "dup2", lambda source, target: replaced.append(target))
+        signal.raise_signal(signal.SIGHUP)
+    stop.forget()
+    assert stop.signal == signal.SIGHUP
+    assert replaced == [2]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this platform")
+def test_only_the_cores_that_the_process_may_use_count():
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert available_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)

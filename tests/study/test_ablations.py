@@ -1,5 +1,7 @@
 """The study of PPO's details: what is changed, seed by seed, and the whole of it in small."""
 
+from dataclasses import replace
+
 import pytest
 import yaml
 from refusals import refusal
@@ -8,7 +10,9 @@ from tiny_runs import in_tmp_path, strict
 
 from ppo_rlhf import cli
 from ppo_rlhf.config import PPOConfig
+from ppo_rlhf.errors import UserError
 from ppo_rlhf.models import load_value_head
+from ppo_rlhf.study import ablations, overoptimization
 from ppo_rlhf.study.ablations import VARIANTS, outcome
 from ppo_rlhf.study.toy_runs import PIPELINE
 
@@ -65,8 +69,47 @@ def test_the_whole_study_in_small_shares_the_models_of_a_seed(tmp_path, in_proce
     assert "| value head at the start | N(0, 1/√(d+1)), not 0 |" in (tmp_path / "study" / "README.md").read_text()
 
     in_process.clear()
-    assert cli.main([*command, "--resume"]) == 0
+    resumed = ["study", "ablations", "--output-dir", "study", "--resume"]  # quick and one seed, as it was begun
+    assert cli.main(resumed) == 0
     assert in_process == []
+    assert cli.main([*resumed, "--quick"]) == 0
+    assert in_process == []
+
+
+def test_a_resumed_study_keeps_its_seeds_unless_more_are_asked_for(monkeypatch, tmp_path, capfd):
+    """Nothing is run: the first grid ends it."""
+    plans = []
+
+    def run_nothing(folder, plan):
+        plans.append(plan)
+        raise UserError("enough")
+
+    monkeypatch.setattr(ablations, "shared_jobs", run_nothing)
+    command = ["study", "ablations", "--output-dir", "study"]
+    for words in (["--num-seeds", "3", "--resume"], ["--resume"], ["--resume", "--num-seeds", "7"], ["--resume"]):
+        assert cli.main([*command, *words]) == 2
+    assert [plan.num_seeds for plan in plans] == [3, 3, 7, 7]
+    assert plans[1] == ablations.Plan(num_seeds=3)
+    told = refusal(cli.main, [*command, "--resume", "--num-seeds", "6"], capfd)
+    assert "--num-seeds 6: study was started with 7; more may join them, not fewer." in told
+    assert "study was started with num_steps=20, not 1" in refusal(cli.main, [*command, "--resume", "--quick"], capfd)
+    assert len(plans) == 4
+
+
+def test_a_resumed_overoptimization_keeps_its_seed(monkeypatch, tmp_path, capfd):
+    plans = []
+
+    def run_nothing(folder, plan):
+        plans.append(plan)
+        raise UserError("enough")
+
+    monkeypatch.setattr("ppo_rlhf.study.overoptimization.study.write_prompts", run_nothing)
+    command = ["study", "overoptimization", "--output-dir", "study"]
+    for words in (["--quick", "--seed", "3"], ["--resume"], ["--resume", "--seed", "3"], ["--resume", "--quick"]):
+        assert cli.main([*command, *words]) == 2
+    assert plans == [replace(overoptimization.QUICK, seed=3)] * 4
+    told = refusal(cli.main, [*command, "--resume", "--seed", "0"], capfd)
+    assert "study was started with seed=3, not 0" in told
 
 
 @pytest.mark.parametrize(
@@ -76,19 +119,23 @@ def test_the_whole_study_in_small_shares_the_models_of_a_seed(tmp_path, in_proce
         (["kl-estimators", "--quick"], "study kl-estimators has no option --quick"),
         (["kl-estimators", "--workers", "2"], "study kl-estimators has no option --workers"),
         (["ablations", "--seed", "1"], "study ablations has no option --seed"),
+        (["ablations", "--seed", "0"], "study ablations has no option --seed"),
         (["overoptimization", "--num-seeds", "3"], "study overoptimization has no option --num-seeds"),
         (["ablations", "--num-seeds", "0"], "--num-seeds 0 must be at least 1"),
         (["overoptimization", "--workers", "0"], "--workers 0 must be at least 1"),
         (["overoptimization", "--seed", "-1"], "--seed -1 must lie between 0 and 2**31 - 1"),
         (["overoptimization", "--resume"], "--resume needs --output-dir"),
         (["ablations", "--output-dir", "begun"], "begun holds a run already"),
-        (["ablations", "--output-dir", "begun", "--resume"], "begun was started with num_steps=7, not 20"),
+        (["ablations", "--quick", "--output-dir", "begun", "--resume"], "begun was started with num_steps=7, not 1"),
+        (["overoptimization", "--output-dir", "other", "--resume"], "other holds another run than this study's"),
         (["overoptimization", "--output-dir", "user.py/study"], "user.py is a file, not a folder"),
     ],
 )
 def test_a_mistake_is_refused_before_anything_is_run(words, told, tmp_path, in_process, capfd):
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "config.yaml").write_text("num_steps: 7\n")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.yaml").write_text("policy: gpt2\n")
     assert told in refusal(cli.main, ["study", *words], capfd)
     assert in_process == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["begun", "user.py"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["begun", "other", "user.py"]

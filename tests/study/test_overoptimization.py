@@ -11,12 +11,24 @@ from tiny_runs import in_tmp_path, jsonl, strict, write_rows
 from ppo_rlhf import cli
 from ppo_rlhf.records import read_lines
 from ppo_rlhf.study.overoptimization import Plan
-from ppo_rlhf.study.overoptimization.curves import Curve, Point, best_of_n_curve, fit, ppo_curve
-from ppo_rlhf.study.overoptimization.page import ensembles_lose_less, grows_with, penalty_stops_early, turns_over
+from ppo_rlhf.study.overoptimization.curves import Curve, Fit, Point, best_of_n_curve, fit, ppo_curve
+from ppo_rlhf.study.overoptimization.page import (
+    best_of_n_takes_less_kl,
+    clear,
+    document_of,
+    ensembles_lose_less,
+    grows_with,
+    penalty_stops_early,
+    results_of,
+    turns_over,
+)
 
 __all__ = ["in_process", "in_tmp_path"]
 
 DISTANCES = [0.0, 0.5, 1.0, 2.0, 3.5, 6.0]
+RULES = ("mean", "min", "lower_bound")
+PLAN = Plan(sizes=("narrow",), label_counts=(100, 400), kl_coefs=(0.1,), num_members=2)
+RISES, FALLS = [0, 0.2, 0.4, 0.6, 0.8, 1.0], [0, 0.3, 0.5, 0.2, -0.5, -2.0]
 
 
 def curve(golds, distances=DISTANCES, *, target="narrow-100", method="PPO", kl_coef=0.0, proxies=None):
@@ -59,9 +71,39 @@ def test_gold_that_only_rises_has_no_peak_within_its_form():
     assert fit(curve([d + d**2 for d in DISTANCES], method="best of n")).peak_distance is None
 
 
+@pytest.mark.parametrize(
+    ("method", "alpha", "beta", "peak"),
+    [
+        ("PPO", 0.5, 0.0005, None),  # exp(999)
+        ("PPO", 0.5, 0.5 / 700, math.exp(699)),
+        ("PPO", -0.5, 0.5, math.exp(-2)),  # d·(−0.5 − 0.5·log d) is above 0 up to d = 1/e
+        ("PPO", 0.5, 0.0, None),
+        ("best of n", -0.3, 0.1, None),  # it falls from d = 0 on
+        ("best of n", 0.0, 0.1, None),
+        ("best of n", 0.3, 0.1, 1.5),
+        ("best of n", 0.3, -0.1, None),
+    ],
+)
+def test_a_form_has_a_peak_only_at_a_distance_above_zero_that_is_a_number(method, alpha, beta, peak):
+    found = Fit("x", method, alpha=alpha, alpha_error=0, beta=beta, beta_error=0, r_squared=1)
+    assert found.peak_distance == (peak if peak is None else pytest.approx(peak))
+
+
 def test_two_points_are_too_few_for_two_coefficients_and_their_errors():
-    with pytest.raises(ValueError, match="need three points, not 2"):
-        fit(curve([0.0, 1.0, 1.5], [0.0, 0.5, 1.0]))
+    assert fit(curve([0.0, 1.0, 1.5], [0.0, 0.5, 1.0])) is None
+
+
+def test_a_run_that_never_left_the_start_has_a_row_without_a_fit():
+    """Its estimated KL is 0 but for two evaluations."""
+    plan = Plan(sizes=("narrow",), label_counts=(100,), kl_coefs=())
+    names = ["narrow-100", *(f"narrow-100-{rule}" for rule in RULES)]
+    curves = [curve(FALLS, target=name, method="best of n") for name in names]
+    curves += [curve([0, 0.1, 0.2, 0.1], [0, 0, 0.3, 0.5]), *(curve(FALLS, target=name) for name in names[1:])]
+    results = results_of(curves, {"narrow-100": 0.7}, plan)
+    assert len(results.fits) == 4 + 3
+    rows = document_of(results, plan).sections[2].tables[0].rows
+    assert rows[0] == ["narrow-100", "0.700", *["none"] * 4, "+0.20 at d = 0.30", "+0.10 at d = 0.50", "+3.00"]
+    assert "none" not in rows[1][:5]
 
 
 def test_best_of_n_starts_at_zero_and_takes_the_gold_of_the_highest_score():
@@ -95,44 +137,155 @@ def test_gold_between_two_points_is_on_the_line_between_them():
     assert [bent.gold_at(d) for d in (0.5, 1.5, 9.0)] == pytest.approx([0.0, 0.5, 1.0])
 
 
-RULES = ("mean", "min", "lower_bound")
-PLAN = Plan(sizes=("narrow",), label_counts=(100, 400), kl_coefs=(0.1,), num_members=2)
-RISES, FALLS = [0, 0.2, 0.4, 0.6, 0.8, 1.0], [0, 0.3, 0.5, 0.2, -0.5, -2.0]
-
-
 def curves_of(weak, strong, *, kl=(), ensembles=()):
     found = [curve(weak), curve(strong, target="narrow-400")]
     found += [curve(golds, target="narrow-400", kl_coef=0.1) for golds in kl]
     return found + [curve(golds, target=f"narrow-400-{rule}") for rule, golds in ensembles]
 
 
-def test_gold_turns_over_where_it_falls_against_every_proxy_while_that_rises():
-    assert turns_over(curves_of(FALLS, FALLS), PLAN, "PPO").holds
-    assert not turns_over(curves_of(FALLS, RISES), PLAN, "PPO").holds
+def test_a_difference_is_clear_from_two_standard_errors_of_a_difference_on():
+    """Of 200 numbers of standard deviation 1 the mean has a variance of 1/200, of two means the difference 1/100."""
+    assert clear(PLAN) == pytest.approx(2 * 0.1)
+    assert clear(PLAN, "best of n") == pytest.approx(2 * 0.02**0.5)  # 100 prompts
+
+
+def test_gold_turns_over_where_it_rises_and_falls_against_every_proxy_while_that_rises():
+    assert turns_over(curves_of(FALLS, FALLS), PLAN, "PPO").holds is True
+    assert turns_over(curves_of(FALLS, RISES), PLAN, "PPO").holds is False
     sinking = [curve(FALLS, proxies=[0, 1, 2, 1, 1, 1]), curve(FALLS, target="narrow-400")]
     found = turns_over(sinking, PLAN, "PPO")
-    assert not found.holds
+    assert found.holds is False
     assert found.evidence.startswith("against 1 of 2 proxies")
     assert "narrow-100: +0.50 at d = 1.0, -2.00 at 6.0" in found.evidence
 
 
-def test_more_labels_are_worth_more_where_the_peak_is_higher():
-    assert grows_with(curves_of(FALLS, RISES), PLAN, "labels").holds
-    assert not grows_with(curves_of(RISES, FALLS), PLAN, "labels").holds
+@pytest.mark.parametrize(
+    "golds",
+    [
+        [0, -0.3, -0.5, -1.0, -1.5, -2.0],
+        [0, 0.1, 0.19, 0.1, -0.5, -2.0],  # within the noise
+        [0, 0.0, 0.1, 0.0, 0.1, 0.1],
+    ],
+)
+def test_gold_that_never_rose_does_not_say_whether_it_turns_over(golds):
+    found = turns_over(curves_of(FALLS, golds), PLAN, "PPO")
+    assert found.holds is None
+    assert found.evidence.count("not measurable: gold never rose") == 1
+    assert turns_over(curves_of(RISES, golds), PLAN, "PPO").holds is False  # the other proxy tells
 
 
-def test_a_penalty_is_early_stopping_where_its_run_ends_on_the_other_s_path():
-    short = RISES[:3]  # ends at d = 1, where the other one is at 0.5
-    assert penalty_stops_early(curves_of(FALLS, FALLS, kl=[short]), PLAN).holds
+@pytest.mark.parametrize(
+    ("golds", "proxies"),
+    [
+        ([0, 0.3, 0.5, 0.4, 0.4, 0.31], None),  # gold falls by less than the noise
+        (FALLS, [0, 1, 2, 2, 2, 2.19]),  # the proxy rises by less
+    ],
+)
+def test_what_lies_within_the_noise_is_no_turning_over(golds, proxies):
+    curves = [curve(golds, proxies=proxies), curve(FALLS, target="narrow-400")]
+    assert turns_over(curves, PLAN, "PPO").holds is False
+
+
+@pytest.mark.parametrize(
+    ("peaks", "holds"),
+    [
+        ([0.1, 0.3, 0.5], True),
+        ([0.3, 0.15, 0.6], True),  # a step falls within the noise
+        ([0.1, 0.6, 0.3], False),  # a step falls clearly, though the last is the highest but one
+        ([0.6, 0.45, 0.3], False),  # no step alone, the whole row does
+        ([0.3, 0.4, 0.45], None),
+        ([0.3, 0.2, 0.15], None),
+    ],
+)
+def test_more_labels_are_worth_more_where_the_peak_is_clearly_higher(peaks, holds):
+    plan = Plan(sizes=("narrow",), label_counts=(100, 400, 1600))
+    curves = [
+        curve([0, peak], [0, 1], target=f"narrow-{count}") for peak, count in zip(peaks, plan.label_counts, strict=True)
+    ]
+    assert grows_with(curves, plan, "labels").holds is holds
+    assert grows_with(curves, plan, "size").holds is None  # there is one size
+
+
+def test_one_row_that_falls_decides_and_one_that_stays_leaves_it_open():
+    plan = Plan(sizes=("narrow", "wide"), label_counts=(100, 400))
+
+    def holds(*peaks):
+        names = ("narrow-100", "narrow-400", "wide-100", "wide-400")
+        return grows_with(
+            [curve([0, peak], [0, 1], target=name) for name, peak in zip(names, peaks, strict=True)], plan, "labels"
+        ).holds
+
+    assert holds(0.1, 0.5, 0.3, 0.6) is True
+    assert holds(0.1, 0.5, 0.3, 0.4) is None
+    assert holds(0.3, 0.4, 0.6, 0.3) is False
+
+
+@pytest.mark.parametrize(
+    ("gains", "holds"),
+    [
+        ([0.3, 0.5, 0.4, 0.2], True),
+        ([0.3, 0.5, 0.4, -0.05], True),  # on average it has more, whatever one proxy says
+        ([-0.3, -0.5, -0.4, -0.2], False),
+        ([0.5, -0.4, 0.3, -0.3], None),
+    ],
+)
+def test_best_of_n_takes_less_kl_where_the_mean_gain_over_the_proxies_is_above_zero(gains, holds):
+    """PPO's gold rises by 0.2 each unit of d: at d = 2, where best of n ends, it is at 0.4."""
+    plan = Plan(sizes=("narrow",), label_counts=(1, 2, 3, 4))
+    curves = []
+    for count, gain in zip(plan.label_counts, gains, strict=True):
+        curves.append(curve([0, 1.0], [0, 5], target=f"narrow-{count}"))
+        curves.append(curve([0, 0.4 + gain], [0, 2], target=f"narrow-{count}", method="best of n"))
+    found = best_of_n_takes_less_kl(curves, plan)
+    assert found.holds is holds
+    assert f"{sum(gains) / 4:.2f} [" in found.evidence
+
+
+def test_best_of_n_beside_ppo_cannot_be_told_by_one_proxy():
+    plan = Plan(sizes=("narrow",), label_counts=(100,))
+    assert best_of_n_takes_less_kl([curve(FALLS), curve(RISES, method="best of n")], plan).holds is None
+
+
+PENALISED = Plan(sizes=("narrow", "middle", "wide"), label_counts=(400,), kl_coefs=(0.1, 0.4))
+
+
+@pytest.mark.parametrize(
+    ("gains", "holds"),
+    [
+        ([(0.0, 0.0), (0.0, 0.0), (0.0, 0.0)], True),
+        ([(0.3, -0.1), (-0.1, 0.0), (0.05, 0.05)], True),  # a single run may differ clearly
+        ([(0.5, 0.4), (0.3, 0.4), (0.6, 0.5)], False),
+        ([(-0.5, -0.4), (-0.3, -0.4), (-0.6, -0.5)], False),
+        ([(0.5, 0.4), (0.0, 0.0), (0.0, 0.1)], None),
+    ],
+)
+def test_a_penalty_is_early_stopping_where_its_runs_end_near_the_other_s_path_on_average(gains, holds):
+    """The runs without a penalty are at 0.5 at d = 1, where those with one end."""
+    curves = []
+    for size, both in zip(PENALISED.sizes, gains, strict=True):
+        curves.append(curve(FALLS, target=f"{size}-400"))
+        for kl_coef, gain in zip(PENALISED.kl_coefs, both, strict=True):
+            curves.append(curve([0, 0.5 + gain], [0, 1], target=f"{size}-400", kl_coef=kl_coef))
+    found = penalty_stops_early(curves, PENALISED)
+    assert found.holds is holds
+    assert f"{sum(map(sum, gains)) / 6:.2f} [" in found.evidence
+    assert "6 runs with a penalty" in found.evidence
+
+
+def test_a_penalty_against_one_proxy_says_nothing_of_its_noise():
     found = penalty_stops_early(curves_of(FALLS, FALLS, kl=[[0, 0.5, 1.0]]), PLAN)
-    assert not found.holds
-    assert "+0.50 on average, from +0.50 to +0.50" in found.evidence
+    assert found.holds is None
+    assert "0.50 on average over 1 proxies, from +0.50 to +0.50" in found.evidence
 
 
-def test_ensembles_are_a_remedy_where_each_rule_ends_above_one_member():
-    assert ensembles_lose_less(curves_of(FALLS, FALLS, ensembles=[(rule, RISES) for rule in RULES]), PLAN).holds
-    one_fails = list(zip(RULES, (RISES, RISES, FALLS), strict=True))
-    assert not ensembles_lose_less(curves_of(FALLS, FALLS, ensembles=one_fails), PLAN).holds
+def test_ensembles_are_a_remedy_where_each_rule_ends_clearly_above_one_member():
+    def holds(*each):
+        ensembles = list(zip(RULES, each, strict=True))
+        return ensembles_lose_less(curves_of(FALLS, FALLS, ensembles=ensembles), PLAN).holds
+
+    assert holds(RISES, RISES, RISES) is True
+    assert holds(RISES, RISES, FALLS) is None  # one ends where the member does
+    assert holds(RISES, FALLS, [*FALLS[:-1], -2.5]) is False
 
 
 def test_the_grid_has_every_size_with_every_count_and_one_member_in_common():

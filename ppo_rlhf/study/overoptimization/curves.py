@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from ppo_rlhf.measures import best_of_n, best_of_n_kl
 from ppo_rlhf.records import record_of
 
 Method = Literal["best of n", "PPO"]
+LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,15 @@ class Fit:
 
     @property
     def peak_distance(self) -> float | None:
-        """Where the form is highest: α/2β, or exp(α/β − 1); None where it has no maximum."""
+        """Where the form is highest: α/2β, or exp(α/β − 1); None where it has no maximum at a distance above 0, or one
+        that is farther than a number can be.
+        """
         if self.beta <= 0:
             return None
-        return self.alpha / (2 * self.beta) if self.method == "best of n" else math.exp(self.alpha / self.beta - 1)
+        if self.method == "best of n":
+            return self.alpha / (2 * self.beta) if self.alpha > 0 else None
+        exponent = self.alpha / self.beta - 1
+        return math.exp(exponent) if exponent < LARGEST_EXPONENT else None
 
 
 def best_of_n_form(distance: np.ndarray, alpha: float, beta: float) -> np.ndarray:
@@ -96,11 +103,13 @@ FORMS: dict[Method, Callable[[np.ndarray, float, float], np.ndarray]] = {
 }
 
 
-def fit(curve: Curve) -> Fit:
-    """The form of the curve's method, fitted to its gold scores. Raises ValueError for fewer than three points."""
+def fit(curve: Curve) -> Fit | None:
+    """The form of the curve's method, fitted to its gold scores; None for fewer than three points away from the start,
+    which two coefficients and their errors need.
+    """
     points = [point for point in curve.points if point.distance > 0]
     if len(points) < 3:
-        raise ValueError(f"{curve.target}: two coefficients and their errors need three points, not {len(points)}.")
+        return None
     distances = np.array([point.distance for point in points])
     golds = np.array([point.gold for point in points])
     form = FORMS[curve.method]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
+from typing import Literal
 
 from ppo_rlhf.document import Chart, Document, Section, Series, Table
-from ppo_rlhf.study.claims import Claim
+from ppo_rlhf.statistics import Estimate, estimate
+from ppo_rlhf.study.claims import Claim, table_of
 from ppo_rlhf.study.overoptimization.curves import Curve, Fit, Method, curve_of, fit
 from ppo_rlhf.study.overoptimization.plan import Plan, Target
 
 METHODS: tuple[Method, Method] = ("best of n", "PPO")
-CLEAR = 0.2  # standard deviations of gold: a mean over 200 held-out prompts has a standard error of 0.07
 DRAWN = 60  # points of a fitted line
 
 
@@ -21,14 +24,14 @@ class Results:
     """The whole study."""
 
     curves: list[Curve]
-    fits: list[Fit]  # of the curves without a penalty, in their order
+    fits: list[Fit]  # of the curves without a penalty, in their order, that have the points for one
     label_accuracy: dict[str, float]  # of each proxy, on held-out labels
     claims: list[Claim]
 
 
 def results_of(curves: list[Curve], label_accuracy: dict[str, float], plan: Plan) -> Results:
     """The curves with their fits, and what they say of Gao et al.'s findings, and Coste et al.'s on ensembles."""
-    fits = [fit(curve) for curve in curves if curve.kl_coef == 0]
+    fits = [fitted for curve in curves if curve.kl_coef == 0 and (fitted := fit(curve))]
     claims = [
         *(turns_over(curves, plan, method) for method in METHODS),
         grows_with(curves, plan, "labels"),
@@ -40,24 +43,46 @@ def results_of(curves: list[Curve], label_accuracy: dict[str, float], plan: Plan
     return Results(curves, fits, label_accuracy, claims)
 
 
+def clear(plan: Plan, method: Method = "PPO") -> float:
+    """Two standard errors of a difference of gold between two evaluations on N held-out prompts, 2·√(2/N).
+
+    Scores have a standard deviation of about 1. The noise from one training run to the next is not in it.
+    """
+    return 2 * math.sqrt(2 / (plan.num_best_of_prompts if method == "best of n" else plan.num_eval_prompts))
+
+
 def turns_over(curves: Sequence[Curve], plan: Plan, method: Method) -> Claim:
-    """Whether gold falls from its peak by a clear amount while the proxy goes on rising, against every proxy."""
+    """Whether gold rises clearly, and then falls clearly while the proxy goes on rising, against every proxy.
+
+    Where gold never rose there is nothing to turn over: not measurable.
+    """
+    least = clear(plan, method)
     found = [curve_of(curves, target.name, method) for target in _single(plan)]
-    turned = [each for each in found if each.peak.gold - each.end.gold > CLEAR and each.end.proxy > each.peak.proxy]
+    outcomes = [_turned(each, least) for each in found]
     spans = "; ".join(
         f"{each.target}: {each.peak.gold:+.2f} at d = {each.peak.distance:.1f}, "
         f"{each.end.gold:+.2f} at {each.end.distance:.1f}"
-        for each in found
+        + (" (not measurable: gold never rose)" if outcome is None else "")
+        for each, outcome in zip(found, outcomes, strict=True)
     )
     return Claim(
         f"By {method}, gold turns over while the proxy goes on rising.",
-        len(turned) == len(found),
-        f"against {len(turned)} of {len(found)} proxies. Peak and end of gold: {spans}",
+        _all(outcomes),
+        f"against {outcomes.count(True)} of {len(found)} proxies. Peak and end of gold: {spans}",
     )
 
 
-def grows_with(curves: Sequence[Curve], plan: Plan, what: str) -> Claim:
-    """Whether PPO's peak of gold is higher with more labels at every size, or with larger proxies at every count."""
+def _turned(curve: Curve, least: float) -> bool | None:
+    peak, end = curve.peak, curve.end
+    if peak.gold - curve.points[0].gold <= least:
+        return None
+    return peak.gold - end.gold > least and end.proxy - peak.proxy > least
+
+
+def grows_with(curves: Sequence[Curve], plan: Plan, what: Literal["labels", "size"]) -> Claim:
+    """Whether PPO's peak of gold is clearly higher with the most labels than with the fewest at every size, or with the
+    largest proxies at every count, and falls clearly at no step between.
+    """
 
     def peak(size: str, count: int) -> float:
         return curve_of(curves, f"{size}-{count}", "PPO").peak.gold
@@ -71,49 +96,78 @@ def grows_with(curves: Sequence[Curve], plan: Plan, what: str) -> Claim:
     order = plan.label_counts if what == "labels" else plan.sizes
     text = "More labels raise the peak of gold." if what == "labels" else "Larger proxies raise the peak of gold."
     evidence = f"PPO's peaks at {', '.join(map(str, order))}: {shown}"
-    return Claim(text, all(row == sorted(row) for row in rows), evidence)
+    return Claim(text, _all([_grown(row, clear(plan)) for row in rows]), evidence)
+
+
+def _grown(row: Sequence[float], least: float) -> bool | None:
+    if any(before - after > least for before, after in pairwise(row)):
+        return False
+    return _above_zero(row[-1] - row[0], least)
 
 
 def best_of_n_takes_less_kl(curves: Sequence[Curve], plan: Plan) -> Claim:
     """Whether, at the distance of the largest n, best of n has more gold than PPO, on average over the proxies."""
-    pairs = []
+    gains = []
     for target in _single(plan):
         best = curve_of(curves, target.name, "best of n").end
-        pairs.append((best.gold, curve_of(curves, target.name, "PPO").gold_at(best.distance)))
-    best_mean, ppo_mean = (fmean(side) for side in zip(*pairs, strict=True))
-    more = sum(one > other for one, other in pairs)
+        gains.append(best.gold - curve_of(curves, target.name, "PPO").gold_at(best.distance))
+    mean = estimate([gains])
     return Claim(
         "For equal KL best of n gains more gold than PPO.",
-        more == len(pairs),
-        f"best of {plan.num_best_of} has {best_mean:+.2f} on average over the proxies, PPO as far away "
-        f"{ppo_mean:+.2f}; best of n has more with {more} of {len(pairs)}",
+        _between(mean, 0, math.inf),
+        f"gold of the best of {plan.num_best_of}, less PPO's as far away: {mean} on average over {len(gains)} proxies, "
+        f"from {min(gains):+.2f} to {max(gains):+.2f}",
     )
 
 
 def penalty_stops_early(curves: Sequence[Curve], plan: Plan) -> Claim:
-    """Whether runs with a penalty end on the path of the run without one."""
-    gains = []
+    """Whether runs with a penalty end on the path of the run without one, on average over the proxies: no clear
+    difference lies in the interval.
+    """
+    by_proxy: dict[str, list[float]] = {}  # whose runs share a path, so that they count as one
     for curve in curves:
         if curve.kl_coef:
-            gains.append(curve.end.gold - curve_of(curves, curve.target, "PPO").gold_at(curve.end.distance))
+            gain = curve.end.gold - curve_of(curves, curve.target, "PPO").gold_at(curve.end.distance)
+            by_proxy.setdefault(curve.target, []).append(gain)
+    gains = [gain for found in by_proxy.values() for gain in found]
+    mean = estimate([[fmean(found) for found in by_proxy.values()]])
     return Claim(
         "A KL penalty is worth what stopping early is: gold for equal KL is the same.",
-        max(map(abs, gains)) <= CLEAR,
+        _between(mean, -clear(plan), clear(plan)),
         f"gold at the end of {len(gains)} runs with a penalty, less that of the run without one as far away: "
-        f"{fmean(gains):+.2f} on average, from {min(gains):+.2f} to {max(gains):+.2f}",
+        f"{mean} on average over {len(by_proxy)} proxies, from {min(gains):+.2f} to {max(gains):+.2f}",
     )
 
 
 def ensembles_lose_less(curves: Sequence[Curve], plan: Plan) -> Claim:
-    """Whether PPO against each ensemble ends with more gold than against its first member alone."""
+    """Whether PPO against each ensemble ends with clearly more gold than against its first member alone."""
     alone = curve_of(curves, Target(plan.members[:1]).name, "PPO")
     ensembles = [curve_of(curves, target.name, "PPO") for target in plan.targets if target.rule]
     shown = "; ".join(f"{each.target}: {each.peak.gold:+.2f}, {each.end.gold:+.2f}" for each in [alone, *ensembles])
     return Claim(
         "Ensembles put the loss of gold off: PPO ends with more gold than against one of their members.",
-        all(each.end.gold - alone.end.gold > CLEAR for each in ensembles),
+        _all([_above_zero(each.end.gold - alone.end.gold, clear(plan)) for each in ensembles]),
         f"gold at its peak and at the end: {shown}",
     )
+
+
+def _above_zero(difference: float, least: float) -> bool | None:
+    """Whether a difference is above 0; None where it is not clear."""
+    return None if abs(difference) <= least else difference > 0
+
+
+def _between(mean: Estimate, least: float, most: float) -> bool | None:
+    """Whether a mean lies in a span; None where one part of its interval does, another does not, or it has none."""
+    if mean.low is None or mean.high is None:
+        return None
+    if mean.low > most or mean.high < least:
+        return False
+    return True if least < mean.low and mean.high < most else None
+
+
+def _all(outcomes: Sequence[bool | None]) -> bool | None:
+    """Whether all are so: one that is not decides, then one that cannot be told."""
+    return False if False in outcomes else None if None in outcomes else True
 
 
 def document_of(results: Results, plan: Plan) -> Document:
@@ -126,22 +180,21 @@ def document_of(results: Results, plan: Plan) -> Document:
         f"({plan.num_steps} rollouts, no KL penalty unless it is named).",
         "d is √KL to the supervised policy, KL in nats a response. Scores are in standard deviations of the supervised "
         "policy's own, above its mean: it stands at 0.",
+        f"A difference of gold is clear above {clear(plan):.2f} ({clear(plan, 'best of n'):.2f} by best of n): two "
+        "standard errors of a difference between two evaluations. Intervals are 95 % bootstrap intervals over the "
+        "proxies, which share their policy and labels. There is one seed a cell: noise from run to run may exceed that "
+        "of the evaluations, and another seed might turn a finding.",
     ]
     return Document(
         "Reward model overoptimisation",
         text,
         [
-            Section("Findings", tables=[_claims_table(results.claims)]),
+            Section("Findings", tables=[table_of(results.claims)]),
             *(_method_section(results, plan, method) for method in METHODS),
             _penalty_section(results, plan),
             _ensemble_section(results, plan),
         ],
     )
-
-
-def _claims_table(claims: Sequence[Claim]) -> Table:
-    rows = [[claim.text, "yes" if claim.holds else "no", claim.evidence] for claim in claims]
-    return Table(["finding", "borne out", "numbers"], rows)
 
 
 def _method_section(results: Results, plan: Plan, method: Method) -> Section:
@@ -151,14 +204,16 @@ def _method_section(results: Results, plan: Plan, method: Method) -> Section:
     for size in plan.sizes:
         named = [(f"{count:,} labels", f"{size}-{count}") for count in plan.label_counts]
         gold = [_dots(name, curve_of(results.curves, target, method)) for name, target in named]
-        fitted = [_line(name, _fit_of(results, target, method), results.curves) for name, target in named]
+        fitted = [
+            _line(name, found, results.curves) for name, target in named if (found := _fit_of(results, target, method))
+        ]
         proxy = [_path(name, curve_of(results.curves, target, method), "proxy") for name, target in named]
         charts += [_chart(f"Gold, {size} proxies, {method}", [*gold, *fitted])]
         charts += [_chart(f"Proxy, {size} proxies, {method}", proxy)]
     rows = [
-        _fit_row(fitted, curve_of(results.curves, fitted.target, method), results.label_accuracy)
-        for fitted in results.fits
-        if fitted.method == method
+        _fit_row(curve, _fit_of(results, curve.target, method), results.label_accuracy)
+        for curve in results.curves
+        if curve.method == method and curve.kl_coef == 0
     ]
     columns = [
         "proxy",
@@ -171,19 +226,21 @@ def _method_section(results: Results, plan: Plan, method: Method) -> Section:
         "gold at the end",
         "proxy at the end",
     ]
-    text = f"Dots are measured, lines the form {form}, by least squares, ± standard errors of its coefficients."
+    text = f"Dots are measured, lines the form {form}, by least squares, ± standard errors of its coefficients. "
+    text += "Label accuracy is on the held-out labels by which the best checkpoint was chosen: a little too high."
     return Section(method[0].upper() + method[1:], [text], [Table(columns, rows)], charts)
 
 
-def _fit_row(fitted: Fit, curve: Curve, label_accuracy: dict[str, float]) -> list[str]:
-    accuracy = label_accuracy.get(fitted.target)
+def _fit_row(curve: Curve, fitted: Fit | None, label_accuracy: dict[str, float]) -> list[str]:
+    accuracy = label_accuracy.get(curve.target)
+    peak = fitted.peak_distance if fitted else None
     return [
-        fitted.target,
+        curve.target,
         "" if accuracy is None else f"{accuracy:.3f}",
-        f"{fitted.alpha:.3f} ± {fitted.alpha_error:.3f}",
-        f"{fitted.beta:.3f} ± {fitted.beta_error:.3f}",
-        f"{fitted.r_squared:.2f}",
-        "none" if fitted.peak_distance is None else f"{fitted.peak_distance:.2f}",
+        f"{fitted.alpha:.3f} ± {fitted.alpha_error:.3f}" if fitted else "none",
+        f"{fitted.beta:.3f} ± {fitted.beta_error:.3f}" if fitted else "none",
+        f"{fitted.r_squared:.2f}" if fitted else "none",
+        "none" if peak is None else f"{peak:.3g}",
         f"{curve.peak.gold:+.2f} at d = {curve.peak.distance:.2f}",
         f"{curve.end.gold:+.2f} at d = {curve.end.distance:.2f}",
         f"{curve.end.proxy:+.2f}",
@@ -222,9 +279,8 @@ def _single(plan: Plan) -> list[Target]:
     return [target for target in plan.targets if not target.rule]
 
 
-def _fit_of(results: Results, target: str, method: Method) -> Fit:
-    (found,) = (each for each in results.fits if (each.target, each.method) == (target, method))
-    return found
+def _fit_of(results: Results, target: str, method: Method) -> Fit | None:
+    return next((each for each in results.fits if (each.target, each.method) == (target, method)), None)
 
 
 def _chart(title: str, series: Sequence[Series]) -> Chart:
