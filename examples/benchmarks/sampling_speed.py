@@ -4,8 +4,8 @@
 
 Models with random weights; nothing is downloaded. CPU seconds of this process on one thread (on a GPU seconds of the
 clock), medians of --repeats turns. Responses of the cases `stops` and `waiting` end at one of 205 of 4,096 ids, after
-20 tokens on average, a sixth of the limit; in the latter four batches wait. `flips` is the share of rows in which float32
-drew another response than float64 from the same noise.
+20 tokens on average, a sixth of the limit; in the latter four batches wait. `flips` is the share of rows in which
+float32 drew another response than float64 from the same noise.
 """
 
 from __future__ import annotations
