@@ -64,8 +64,12 @@ def starts(job):
 
 @pytest.fixture
 def signal_when_listening():
-    """Sends this process signals, each when the jobs' processes have got so far that they could hear it."""
+    """Sends this process signals, each when the jobs' processes have got so far that they could hear it.
+
+    A hangup is one even where the tests run under nohup, which ignores it.
+    """
     threads = []
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     def begin(*waits, number=signal.SIGINT):
         def send():
@@ -80,6 +84,7 @@ def signal_when_listening():
     yield begin
     for thread in threads:
         thread.join()
+    signal.signal(signal.SIGHUP, hangup)
 
 
 def test_every_job_runs_once_with_its_folder_and_one_thread(job):
