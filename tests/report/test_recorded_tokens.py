@@ -92,7 +92,9 @@ def test_recording_after_each_epoch_changes_no_training(trained, models, data, m
 
 def test_recording_draws_no_randomness_where_dropout_was_left_on():
     policy = nn.Sequential(nn.Dropout(0.5))
-    policy.forward = lambda x: type("Evaluation", (), {"logprobs": nn.functional.dropout(x, 0.5, policy.training)})
+    policy.forward = lambda x, only: type(
+        "Evaluation", (), {"logprobs": nn.functional.dropout(x, 0.5, policy.training)}
+    )
     rollout = type("Rollout", (), {"inputs": {"x": torch.ones(4, 3)}})
     torch.manual_seed(0)
     before = torch.get_rng_state()

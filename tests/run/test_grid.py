@@ -41,6 +41,14 @@ while what == "meets another" and len(list(folder.parent.glob("*/listens"))) < 2
 """
 
 
+@pytest.fixture(autouse=True)
+def hangup():
+    """A hangup is heard even where the tests run under nohup, which ignores it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def job(tmp_path):
     """Makes a job that does something."""
@@ -64,12 +72,8 @@ def starts(job):
 
 @pytest.fixture
 def signal_when_listening():
-    """Sends this process signals, each when the jobs' processes have got so far that they could hear it.
-
-    A hangup is one even where the tests run under nohup, which ignores it.
-    """
+    """Sends this process signals, each when the jobs' processes have got so far that they could hear it."""
     threads = []
-    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     def begin(*waits, number=signal.SIGINT):
         def send():
@@ -84,7 +88,6 @@ def signal_when_listening():
     yield begin
     for thread in threads:
         thread.join()
-    signal.signal(signal.SIGHUP, hangup)
 
 
 def test_every_job_runs_once_with_its_folder_and_one_thread(job):
@@ -164,14 +167,7 @@ def test_signals_do_afterwards_what_they_did_before(job):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.fixture
-def restored_hangup():
-    before = signal.getsignal(signal.SIGHUP)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
-def test_a_hangup_that_is_ignored_stays_so(restored_hangup):
+def test_a_hangup_that_is_ignored_stays_so():
     """As by nohup."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     stop = StopRequest(tells=False)
@@ -182,7 +178,7 @@ def test_a_hangup_that_is_ignored_stays_so(restored_hangup):
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
-def test_a_hangup_is_heard_though_its_terminal_is_gone(restored_hangup, monkeypatch):
+def test_a_hangup_is_heard_though_its_terminal_is_gone(monkeypatch):
     """And stderr is another from then on, which takes what the step still says."""
     replaced = []
 
