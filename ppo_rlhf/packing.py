@@ -126,6 +126,7 @@ def _blocks_of(lengths: Sequence[int], device: torch.device) -> tuple[Block, ...
     if device.type != "cpu" or not widths:
         return (Block(len(lengths), max(widths, default=ROW_BUCKET), fused=True),)
     fused_from = fused_width(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+    wider = [0, *itertools.accumulate(rows[width] for width in widths)]  # rows of the widest 0, 1, … widths
     best: list[tuple[int, tuple[Block, ...]]] = [(0, ())]  # of the widest 0, 1, … widths: what they cost, and how
     for end in range(1, len(widths) + 1):
         candidates = []
@@ -133,7 +134,7 @@ def _blocks_of(lengths: Sequence[int], device: torch.device) -> tuple[Block, ...
             fused = widths[start] >= fused_from
             if fused != (widths[end - 1] >= fused_from):
                 continue
-            block = Block(sum(rows[width] for width in widths[start:end]), widths[start], fused)
+            block = Block(wider[end] - wider[start], widths[start], fused)
             candidates.append((cost + BLOCK_COST + block.places * block.width, (*blocks, block)))
         best.append(min(candidates))
     return best[-1][1]

@@ -23,7 +23,7 @@ GREY = "#8a8a94"
 class Drawn:
     """Charts as parts of a page."""
 
-    library: Markup  # Bokeh itself, as inline scripts
+    bokeh: Markup  # Bokeh itself, as inline scripts
     script: Markup  # draws the charts once the page is there
     places: list[Markup]  # where each goes
 
@@ -34,8 +34,8 @@ def draw(charts: Sequence[Chart], names: Sequence[str]) -> Drawn:
         return Drawn(Markup(""), Markup(""), [])
     colours = dict(zip(names, colours_of(names), strict=True))
     script, places = components(tuple(_figure(chart, colours) for chart in charts))
-    library = Resources(mode="inline", components=["bokeh"], log_level="error").render_js()
-    return Drawn(Markup(library), Markup(script), [Markup(place) for place in places])
+    scripts = Resources(mode="inline", components=["bokeh"], log_level="error").render_js()
+    return Drawn(Markup(scripts), Markup(script), [Markup(place) for place in places])
 
 
 def colours_of(names: Iterable[str]) -> list[str]:

@@ -57,7 +57,7 @@ def _page(records: Sequence[Record], findings: Sequence[Mapping[str, Any]] | Non
         stages=[_stage(*stage, pairs) for stage, pairs in zip(stages, by_stage, strict=True)],
         legend_title="Runs shown",
         legend=list(zip(names, charts.colours_of(names), strict=True)),
-        library=drawn.library,
+        bokeh=drawn.bokeh,
         script=drawn.script,
         tokens=any(not group.control for group in found),
         by_environment=[(stage, _inline_json(each)) for stage, members in stages if (each := _policies(members))],

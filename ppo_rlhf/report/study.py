@@ -23,7 +23,7 @@ def write_study(folder: Path) -> Path:
         sections=[(each, [(chart, next(places)) for chart in each.charts]) for each in document.sections],
         legend_title="Series shown",
         legend=list(zip(names, charts.colours_of(names), strict=True)),
-        library=drawn.library,
+        bokeh=drawn.bokeh,
         script=drawn.script,
     )
     return write_page(page, folder / "report.html")

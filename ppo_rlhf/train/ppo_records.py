@@ -42,8 +42,8 @@ class Clock:
 
     def lap(self, phase: str) -> None:
         """The time since the last lap belongs to this phase, and what a GPU has still to do."""
-        if torch.accelerator.is_available():  # pragma: no cover - needs a GPU
-            torch.accelerator.synchronize()
+        if torch.cuda.is_initialized():  # pragma: no cover - needs a GPU, and a run that uses it
+            torch.cuda.synchronize()
         now = time.perf_counter()
         self.laps[phase] = now - self._last
         self._last = now
@@ -127,8 +127,8 @@ def throughput_metrics(
 
     sampled, trained: response tokens a second, of sampling and of the update, in which each counts once an epoch.
     matmul_share: model FLOPs of sampling, evaluation and update ÷ (their seconds · the measured peak of a product).
-    padding: share of the padded batch that is no token; computed_padding: what linear layers
-    computed of it after all.
+    padding: share of the padded batch that is no token; computed_padding: what linear layers computed of it
+    after all.
     """
     tokens = ResponseTokens.of(rollout.inputs)
     real, responded = len(tokens.packing), len(tokens.cells)

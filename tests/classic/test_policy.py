@@ -211,7 +211,7 @@ def trained_a_little(policy, seen):
     return policy
 
 
-def round_trip(policy, seen, folder):
+def assert_comes_back(policy, seen, folder):
     policy.save(folder)
     again = load(folder)
     assert cases.same(cases.copied(policy), cases.copied(again))
@@ -227,19 +227,19 @@ def round_trip(policy, seen, folder):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("done", DONE)
 def test_every_kind_of_policy_comes_back_from_its_folder_bit_for_bit(kind, done, tmp_path):
-    again = round_trip(trained_a_little(policy_of(done=done, kind=kind), "vector"), "vector", tmp_path)
+    again = assert_comes_back(trained_a_little(policy_of(done=done, kind=kind), "vector"), "vector", tmp_path)
     assert not again.training
     assert (again.normalizer is None) == (again.reward_normalizer is None) == (not KINDS[kind][1])
 
 
 @pytest.mark.parametrize("seen", SEEN)
 def test_policies_of_every_observation_space_come_back(seen, tmp_path):
-    round_trip(trained_a_little(policy_of(seen, kind="normalized"), seen), seen, tmp_path)
+    assert_comes_back(trained_a_little(policy_of(seen, kind="normalized"), seen), seen, tmp_path)
 
 
 def test_unbounded_boxes_come_back(tmp_path):
     unbounded = Box((2, 2), (-math.inf,) * 4, (math.inf,) * 4)
-    round_trip(policy_of(unbounded), "vector", tmp_path)
+    assert_comes_back(policy_of(unbounded), "vector", tmp_path)
 
 
 def test_a_policy_is_loaded_from_the_run_around_it(tmp_path):
@@ -324,7 +324,7 @@ class ByName(nn.Module):
 def test_an_encoder_named_in_the_settings_is_made_and_saved(tmp_path):
     policy = policy_of(encoder="test_policy:Doubled")
     assert isinstance(policy.encoder, Doubled)
-    round_trip(trained_a_little(policy, "vector"), "vector", tmp_path)
+    assert_comes_back(trained_a_little(policy, "vector"), "vector", tmp_path)
 
 
 def test_an_encoder_given_as_a_module_is_asked_for_when_loading(tmp_path):
@@ -376,7 +376,9 @@ def test_an_environment_takes_the_actions_as_they_come():
     policy = train("CartPole-v1", num_steps=64, config=cases.config_of())
     env = gymnasium.make("CartPole-v1")
     observation, _ = env.reset(seed=0)
-    env.step(policy.act(observation))
+    following, reward, *_ = env.step(policy.act(observation))
+    assert env.observation_space.contains(following)
+    assert reward == 1
     env.close()
 
 

@@ -54,7 +54,7 @@ def rows_of(*lists: list[float]) -> Tensor:
     return torch.tensor(lists, dtype=torch.float64)
 
 
-def close(actual, expected, *, atol: float = 1e-10, rtol: float = 1e-9) -> None:
+def assert_close(actual, expected, *, atol: float = 1e-10, rtol: float = 1e-9) -> None:
     """Asserts equality in float64; `expected` may be nested lists."""
     actual, expected = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (actual, expected))
     torch.testing.assert_close(actual, expected, atol=atol, rtol=rtol)
@@ -82,7 +82,7 @@ def assert_masked_slots_do_not_matter(
     for poison in POISONS:
         poisoned = value_and_gradients([torch.where(mask, x, poison) for x in inputs])
         for with_poison, without in zip(poisoned, clean, strict=True):
-            close(with_poison, without)
+            assert_close(with_poison, without)
 
 
 def as_processes(function: Callable[[int, Callable[[Tensor], Tensor]], Tensor], num: int) -> list[Tensor]:

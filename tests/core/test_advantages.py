@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 import reference
 import torch
-from core_cases import POISONS, close, examples, floats, leaf, masks, rows_of, tensors
+from core_cases import POISONS, assert_close, examples, floats, leaf, masks, rows_of, tensors
 from hypothesis import given
 from torch.autograd import gradcheck
 
@@ -72,8 +72,8 @@ def test_the_trace_stops_at_a_truncation_in_the_middle():
 def test_gae_agrees_with_the_sum_of_discounted_td_errors(case, gamma, lam):
     advantages, returns = gae(*case, gamma=gamma, lam=lam)
     expected = torch.tensor(reference.gae(*(x.tolist() for x in case), gamma, lam), dtype=torch.float64)
-    close(advantages, expected)
-    close(returns, expected + case[1][:, :-1])
+    assert_close(advantages, expected)
+    assert_close(returns, expected + case[1][:, :-1])
 
 
 @examples
@@ -84,7 +84,7 @@ def test_gae_with_lambda_zero_is_the_td_error(case, gamma):
     beyond = [
         [0 if end else v for end, v in zip(*row, strict=True)] for row in zip(terminated, values[:, 1:], strict=True)
     ]
-    close(advantages, rewards + gamma * torch.tensor(beyond, dtype=torch.float64) - values[:, :-1])
+    assert_close(advantages, rewards + gamma * torch.tensor(beyond, dtype=torch.float64) - values[:, :-1])
 
 
 @examples
@@ -95,8 +95,8 @@ def test_gae_with_lambda_one_is_the_monte_carlo_return_minus_the_value(case, gam
     terminated[:, -1] = True
     advantages, returns = gae(rewards, values, terminated, terminated, gamma=gamma, lam=1.0)
     monte_carlo = reference.discounted_returns(rewards.tolist(), terminated.tolist(), gamma)
-    close(returns, monte_carlo)
-    close(advantages, torch.tensor(monte_carlo, dtype=torch.float64) - values[:, :-1])
+    assert_close(returns, monte_carlo)
+    assert_close(advantages, torch.tensor(monte_carlo, dtype=torch.float64) - values[:, :-1])
 
 
 @examples
@@ -108,7 +108,7 @@ def test_values_that_are_right_leave_no_advantage(case, gamma):
     right = discounted_returns(rewards, terminated, gamma=gamma)
     values = torch.cat([right, torch.full((len(right), 1), NAN)], dim=1)
     advantages, _ = gae(rewards, values, terminated, terminated, gamma=gamma, lam=0.7)
-    close(advantages, torch.zeros_like(advantages), atol=1e-9)
+    assert_close(advantages, torch.zeros_like(advantages), atol=1e-9)
 
 
 def test_discounted_returns_by_hand():
@@ -122,7 +122,7 @@ def test_discounted_returns_by_hand():
 def test_discounted_returns_agree_with_the_reference(case, gamma):
     rewards, _, _, ended = case
     expected = reference.discounted_returns(rewards.tolist(), ended.tolist(), gamma)
-    close(discounted_returns(rewards, ended, gamma=gamma), expected)
+    assert_close(discounted_returns(rewards, ended, gamma=gamma), expected)
 
 
 # Language: one response a row, terminated and ended at its last generated token, padding after it.
@@ -150,8 +150,8 @@ def test_padding_after_the_stop_token_changes_nothing(poison):
         expected = reference.gae_of_row(
             rewards[b, :length].tolist(), [*values[b, :length].tolist(), 7.0], ends, ends, 0.9, 0.8
         )
-        close(advantages[b, :length], expected)
-        close(returns[b, :length], torch.tensor(expected, dtype=torch.float64) + values[b, :length])
+        assert_close(advantages[b, :length], expected)
+        assert_close(returns[b, :length], torch.tensor(expected, dtype=torch.float64) + values[b, :length])
 
 
 @pytest.mark.parametrize("poison", POISONS)
@@ -166,7 +166,7 @@ def test_padding_after_the_stop_token_leaves_gradients_finite_and_equal(poison):
         gradients.append(torch.autograd.grad(loss, (rewards, values)))
     for clean, poisoned in zip(*gradients, strict=True):
         assert torch.isfinite(clean).all()
-        close(poisoned, clean)
+        assert_close(poisoned, clean)
 
 
 def test_the_score_reaches_every_token_of_a_response():
@@ -176,7 +176,7 @@ def test_the_score_reaches_every_token_of_a_response():
     rewards = kl_shaped_rewards(rows_of([1])[0], torch.zeros(1, 4, dtype=torch.float64), mask, kl_coef=0.1)
     last = flags([False, False, True, False])
     advantages, _ = gae(rewards, rows_of([0.2, 0.3, 0.4, 0.1, 0.0]), last, last, gamma=1.0, lam=0.95)
-    close(advantages[:, :3], [[0.7365, 0.67, 0.6]])
+    assert_close(advantages[:, :3], [[0.7365, 0.67, 0.6]])
 
 
 def test_a_cut_off_response_gets_its_score_like_one_that_fills_the_length_by_stopping():
@@ -200,7 +200,7 @@ def test_a_response_is_a_stream_of_one_episode():
     rewards, values, last, _ = language_rows([3])
     language, _ = gae(rewards, values, last, last, gamma=0.9, lam=0.8)
     stream, _ = gae(rewards[:, :3], values[:, :4], last[:, :3], last[:, :3], gamma=0.9, lam=0.8)
-    close(language[:, :3], stream)
+    assert_close(language[:, :3], stream)
 
 
 # Gymnasium, NEXT_STEP: after an end comes a step that only resets, whose value is that of the final observation.
@@ -225,7 +225,7 @@ def test_next_step_streams_are_their_episodes_one_by_one(dummy_reward):
         ended += ends + reset
         mask += [True] * length + reset
     advantages, _ = gae(rows_of(rewards), rows_of(values), flags(terminated), flags(ended), gamma=0.9, lam=0.8)
-    close(advantages[flags(mask)], expected)
+    assert_close(advantages[flags(mask)], expected)
 
 
 def test_same_step_streams_pay_the_value_beyond_a_truncation_in_the_reward():
@@ -235,7 +235,7 @@ def test_same_step_streams_pay_the_value_beyond_a_truncation_in_the_reward():
     )
     end = flags([False, True])
     same_step, _ = gae(rows_of([1, 2 + 0.5 * 6]), rows_of([3, 4, NAN]), end, end, gamma=0.5, lam=0.9)
-    close(same_step, next_step[:, :2])
+    assert_close(same_step, next_step[:, :2])
 
 
 def test_rows_do_not_touch_each_other():
@@ -243,7 +243,7 @@ def test_rows_do_not_touch_each_other():
     together, _ = gae(rewards, values, last, last, gamma=0.9, lam=0.8)
     for b in range(3):
         alone, _ = gae(rewards[b : b + 1], values[b : b + 1], last[b : b + 1], last[b : b + 1], gamma=0.9, lam=0.8)
-        close(together[b : b + 1], alone)
+        assert_close(together[b : b + 1], alone)
 
 
 def test_gae_and_discounted_returns_pass_gradcheck():
@@ -287,7 +287,7 @@ def test_of_four_returns_the_normalized_ones_by_hand():
 @examples
 def test_a_group_of_leave_one_out_advantages_adds_up_to_nothing(returns):
     sums = leave_one_out(returns, group_size=3).reshape(2, 3).sum(1)
-    close(sums, torch.zeros_like(sums), atol=1e-3)
+    assert_close(sums, torch.zeros_like(sums), atol=1e-3)
 
 
 @pytest.mark.parametrize("relative", [leave_one_out, group_normalized])

@@ -9,8 +9,8 @@ import pytest
 import reference
 import torch
 from core_cases import (
+    assert_close,
     assert_masked_slots_do_not_matter,
-    close,
     examples,
     floats,
     leaf,
@@ -41,9 +41,9 @@ def two_logits(seed=0, num=5):
 def test_the_estimators_by_hand():
     # p = 1/2, q = 1/4: k1 = log 2; k2 = (log 2)²/2; k3 = 1/2 − 1 + log 2.
     p, q = torch.tensor([0.5], dtype=torch.float64).log(), torch.tensor([0.25], dtype=torch.float64).log()
-    close(approx_kl(p, q, "k1"), [0.6931471805599453])
-    close(approx_kl(p, q, "k2"), [0.2402265069591007])
-    close(approx_kl(p, q, "k3"), [0.1931471805599453])
+    assert_close(approx_kl(p, q, "k1"), [0.6931471805599453])
+    assert_close(approx_kl(p, q, "k2"), [0.2402265069591007])
+    assert_close(approx_kl(p, q, "k3"), [0.1931471805599453])
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -55,7 +55,7 @@ def test_the_estimators_agree_with_the_reference(estimator, case):
         [ESTIMATORS[estimator](*pair) for pair in zip(*lists, strict=True)]
         for lists in zip(p.tolist(), q.tolist(), strict=True)
     ]
-    close(approx_kl(p, q, estimator), expected)
+    assert_close(approx_kl(p, q, estimator), expected)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -97,7 +97,7 @@ def test_k1_and_k3_are_unbiased(estimator, seed):
     p, q = two_logits(seed)
     logprobs_p, logprobs_q = p.log_softmax(-1), q.log_softmax(-1)
     expectation = (logprobs_p.exp() * approx_kl(logprobs_p, logprobs_q, estimator)).sum()
-    close(expectation, reference.exact_kl(p.tolist(), q.tolist()))
+    assert_close(expectation, reference.exact_kl(p.tolist(), q.tolist()))
 
 
 def test_k2_is_biased():
@@ -125,7 +125,7 @@ def test_the_gradient_of_k2_as_a_loss_is_that_of_the_divergence(seed):
     p, q = two_logits(seed)
     p = leaf(p)
     (gradient,) = torch.autograd.grad(expected_gradient(p, q, "k2", sampled_from=p), p)
-    close(gradient, exact_gradient(p, q, p))
+    assert_close(gradient, exact_gradient(p, q, p))
 
 
 def test_the_gradients_of_k1_and_k3_as_losses_are_not():
@@ -134,8 +134,8 @@ def test_the_gradients_of_k1_and_k3_as_losses_are_not():
     p = leaf(p)
     (of_k1,) = torch.autograd.grad(expected_gradient(p, q, "k1", sampled_from=p), p)
     (of_k3,) = torch.autograd.grad(expected_gradient(p, q, "k3", sampled_from=p), p)
-    close(of_k1, torch.zeros_like(p))
-    close(of_k3, exact_gradient(q, p, p))
+    assert_close(of_k1, torch.zeros_like(p))
+    assert_close(of_k3, exact_gradient(q, p, p))
     assert (of_k3 - exact_gradient(p, q, p)).abs().max() > 0.01
 
 
@@ -145,20 +145,20 @@ def test_k3_of_old_and_new_has_the_right_gradient_in_the_new(seed):
     p, q = two_logits(seed)
     q = leaf(q)
     (gradient,) = torch.autograd.grad(expected_gradient(p, q, "k3", sampled_from=p), q)
-    close(gradient, exact_gradient(p, q, q))
+    assert_close(gradient, exact_gradient(p, q, q))
 
 
 def test_exact_kl_by_hand():
     # p = (1/2, 1/2), q = (1/4, 3/4): ½ log 2 + ½ log(2/3) = ½ log(4/3).
     p, q = torch.zeros(2, dtype=torch.float64), torch.tensor([1.0, 3.0], dtype=torch.float64).log()
-    close(exact_kl(p, q), 0.5 * math.log(4 / 3))
+    assert_close(exact_kl(p, q), 0.5 * math.log(4 / 3))
 
 
 @examples
 @given(tensors(2, 3, 4), tensors(2, 3, 4))
 def test_exact_kl_agrees_with_the_reference(p, q):
     expected = [[reference.exact_kl(p[b, t].tolist(), q[b, t].tolist()) for t in range(3)] for b in range(2)]
-    close(exact_kl(p, q), expected)
+    assert_close(exact_kl(p, q), expected)
 
 
 def test_exact_kl_passes_gradcheck():
@@ -172,7 +172,7 @@ def test_choices_impossible_under_p_add_nothing_to_value_or_gradient(other):
     q = leaf(torch.tensor([0.5, other, -1.0], dtype=torch.float64))
     divergence = exact_kl(p, q)
     divergence.backward()
-    close(
+    assert_close(
         divergence,
         reference.exact_kl([0.2, -1000.0, 1.0], [0.5, other, -1.0] if other > -INFINITY else [0.5, -1000.0, -1.0]),
     )
@@ -193,7 +193,7 @@ def test_kl_shaped_rewards_by_hand():
     mask = torch.tensor([[True, True, True, False], [True, False, False, False]])
     kl = torch.tensor([[1.0, 2, -3, 99], [4, 99, 99, 99]], dtype=torch.float64)
     rewards = kl_shaped_rewards(torch.tensor([5.0, 7.0], dtype=torch.float64), kl, mask, kl_coef=0.1)
-    close(rewards, [[-0.1, -0.2, 5.3, 0], [6.6, 0, 0, 0]])
+    assert_close(rewards, [[-0.1, -0.2, 5.3, 0], [6.6, 0, 0, 0]])
 
 
 @examples
@@ -201,7 +201,7 @@ def test_kl_shaped_rewards_by_hand():
 def test_kl_shaped_rewards_agree_with_the_reference(case, kl_coef):
     kl, scores, mask = case
     expected = reference.kl_shaped_rewards(scores[:, 0].tolist(), kl.tolist(), mask.tolist(), kl_coef)
-    close(kl_shaped_rewards(scores[:, 0], kl, mask, kl_coef=kl_coef), expected)
+    assert_close(kl_shaped_rewards(scores[:, 0], kl, mask, kl_coef=kl_coef), expected)
 
 
 @examples
@@ -210,7 +210,7 @@ def test_a_response_is_paid_its_score_less_its_divergence(case, kl_coef):
     kl, scores, mask = case
     paid = kl_shaped_rewards(scores[:, 0], kl, mask, kl_coef=kl_coef).sum(1)
     of_sequence = torch.where(mask, kl, 0).sum(1)
-    close(paid, torch.where(mask.any(1), scores[:, 0] - kl_coef * of_sequence, 0))
+    assert_close(paid, torch.where(mask.any(1), scores[:, 0] - kl_coef * of_sequence, 0))
 
 
 def test_a_response_that_was_cut_off_is_paid_at_its_last_token():

@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 import reference
 import torch
-from core_cases import close, examples, floats, leaf, tensors
+from core_cases import assert_close, examples, floats, leaf, tensors
 from hypothesis import given
 from torch.autograd import gradcheck
 
@@ -31,14 +31,14 @@ def kept(filtered):
 def test_logprobs_by_hand():
     # Weights 1, 2, 5 of 8.
     weights = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64).log()[None, None].expand(1, 3, 3)
-    close(logprobs_of(weights, torch.tensor([[0, 1, 2]])), [[math.log(1 / 8), math.log(2 / 8), math.log(5 / 8)]])
+    assert_close(logprobs_of(weights, torch.tensor([[0, 1, 2]])), [[math.log(1 / 8), math.log(2 / 8), math.log(5 / 8)]])
 
 
 def test_entropy_by_hand():
     # Uniform over 4: log 4. ½, ¼, ¼: ½ log 2 + ½ log 4 = 1.5 log 2.
     uniform, uneven = torch.zeros(1, 1, 4), torch.tensor([[[2.0, 1.0, 1.0]]], dtype=torch.float64).log()
     assert entropy_of(uniform).item() == pytest.approx(math.log(4))
-    close(entropy_of(uneven), [[1.5 * math.log(2)]])
+    assert_close(entropy_of(uneven), [[1.5 * math.log(2)]])
 
 
 @examples
@@ -47,8 +47,8 @@ def test_logprobs_and_entropy_agree_with_the_reference(x, ids):
     ids = torch.tensor(ids).reshape(2, 3)
     lists = x.tolist()
     expected = [[reference.logprob(lists[b][t], ids[b, t].item()) for t in range(3)] for b in range(2)]
-    close(logprobs_of(x, ids), expected)
-    close(entropy_of(x), [[reference.entropy(row) for row in rows] for rows in lists])
+    assert_close(logprobs_of(x, ids), expected)
+    assert_close(entropy_of(x), [[reference.entropy(row) for row in rows] for rows in lists])
 
 
 def test_logprobs_pass_gradcheck():
@@ -64,10 +64,10 @@ def test_entropy_with_impossible_tokens_is_that_of_the_others():
     x = leaf(torch.tensor([[[0.3, -INFINITY, 1.0, -INFINITY]]], dtype=torch.float64))
     entropy = entropy_of(x)
     entropy.sum().backward()
-    close(entropy, [[reference.entropy([0.3, 1.0])]])
+    assert_close(entropy, [[reference.entropy([0.3, 1.0])]])
     others = leaf(torch.tensor([[[0.3, 1.0]]], dtype=torch.float64))
     entropy_of(others).sum().backward()
-    close(x.grad[0, 0, [0, 2]], others.grad[0, 0])
+    assert_close(x.grad[0, 0, [0, 2]], others.grad[0, 0])
     assert x.grad[0, 0, [1, 3]].tolist() == [0, 0]
 
 
@@ -75,7 +75,7 @@ def test_logprobs_with_impossible_tokens_are_those_of_the_others():
     x = leaf(torch.tensor([[[0.3, -INFINITY, 1.0]]], dtype=torch.float64))
     logprobs = logprobs_of(x, torch.tensor([[2]]))
     logprobs.sum().backward()
-    close(logprobs, [[reference.logprob([0.3, 1.0], 1)]])
+    assert_close(logprobs, [[reference.logprob([0.3, 1.0], 1)]])
     assert torch.isfinite(x.grad).all()
     assert x.grad[0, 0, 1] == 0
 
@@ -142,14 +142,14 @@ def test_no_decisions_have_no_logprobs(shape):
 @given(tensors(1, 2, 5, low=-30, high=30), floats(-50, 50))
 def test_a_common_shift_of_the_logits_changes_nothing(x, shift):
     ids = torch.tensor([[0, 3]])
-    close(logprobs_of(x + shift, ids), logprobs_of(x, ids), atol=1e-9)
-    close(entropy_of(x + shift), entropy_of(x), atol=1e-9)
+    assert_close(logprobs_of(x + shift, ids), logprobs_of(x, ids), atol=1e-9)
+    assert_close(entropy_of(x + shift), entropy_of(x), atol=1e-9)
 
 
 def test_the_logprobs_of_all_tokens_are_a_distribution():
     x, _ = random_logits(1, 4, 6)
     each = [logprobs_of(x, torch.full((1, 4), token)).exp() for token in range(6)]
-    close(sum(each), torch.ones(1, 4))
+    assert_close(sum(each), torch.ones(1, 4))
 
 
 # The head.
@@ -197,7 +197,7 @@ def test_a_head_in_slices_says_what_whole_logits_say_gradients_included(temperat
         ((weights * logprobs).sum() + (weights.flip(0) * entropy).sum()).backward()
         outcomes.append((logprobs, entropy, hidden.grad, weight.grad, bias.grad))
     for one, other in zip(*outcomes, strict=True):
-        close(one, other, atol=1e-10)
+        assert_close(one, other, atol=1e-10)
 
 
 @pytest.mark.usefixtures("slices", "budget")
@@ -218,7 +218,7 @@ def test_a_second_backward_pass_through_the_head_gives_the_same_gradient():
     hidden = leaf(hidden)
     logprobs, _ = head_logprobs(hidden, weight, ids)
     first, second = (torch.autograd.grad(logprobs.sum(), hidden, retain_graph=True)[0] for _ in range(2))
-    close(first, second, atol=1e-12)
+    assert_close(first, second, atol=1e-12)
 
 
 def test_the_heads_entropy_is_differentiable_only_where_asked():
@@ -239,8 +239,8 @@ def test_a_bf16_head_reduces_in_float32_and_keeps_what_is_left_of_a_sure_token(a
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         logprobs, entropy = head_logprobs(hidden, leaf(weight), ids, temperature=0.7)
     whole = (hidden @ weight.bfloat16().t()).float()[None]
-    close(logprobs, logprobs_of(whole, ids[None], temperature=0.7)[0], atol=1e-6)
-    close(entropy, entropy_of(whole, temperature=0.7)[0], atol=1e-6)
+    assert_close(logprobs, logprobs_of(whole, ids[None], temperature=0.7)[0], atol=1e-6)
+    assert_close(entropy, entropy_of(whole, temperature=0.7)[0], atol=1e-6)
     assert logprobs.dtype == entropy.dtype == torch.float32
     # Logits 8 and 0: 1 − p = 3.35e-4, which rounds to 0 beside 1 in bf16. ∂ log p[0] = (1 − p)·(w0 − w1).
     sure = leaf(torch.tensor([[8.0, 0.0]], dtype=torch.bfloat16))
@@ -275,7 +275,7 @@ def test_top_k_beyond_the_vocabulary_keeps_all():
 def test_top_k_agrees_with_the_reference(x, k):
     for row, filtered in zip(x, top_k_filter(x, k), strict=True):
         assert kept(filtered) == reference.top_k(row.tolist(), k)
-        close(filtered[filtered > -INFINITY], row[filtered > -INFINITY])
+        assert_close(filtered[filtered > -INFINITY], row[filtered > -INFINITY])
 
 
 def test_top_p_by_hand():
@@ -284,7 +284,7 @@ def test_top_p_by_hand():
     assert kept(top_p_filter(x, 0.4)) == {1}
     assert kept(top_p_filter(x, 0.7)) == {1, 2}
     assert len(kept(top_p_filter(x, 0.85))) == 3
-    close(top_p_filter(x, 0.7)[[1, 2]], x[[1, 2]])
+    assert_close(top_p_filter(x, 0.7)[[1, 2]], x[[1, 2]])
 
 
 def test_top_p_always_keeps_the_most_likely():

@@ -10,8 +10,8 @@ import reference
 import torch
 from core_cases import (
     POISONS,
+    assert_close,
     assert_masked_slots_do_not_matter,
-    close,
     examples,
     floats,
     leaf,
@@ -108,7 +108,7 @@ def test_a_ratio_too_large_for_its_float_is_clipped_like_any_other(advantage, lo
 def test_at_the_old_policy_the_loss_is_minus_the_mean_advantage():
     logprobs, advantages, mask = random_rows(2)
     loss = clipped_policy_loss(logprobs, logprobs, advantages, mask, clip_range=0.2)
-    close(loss, -reference.masked_mean(advantages.tolist(), mask.tolist()))
+    assert_close(loss, -reference.masked_mean(advantages.tolist(), mask.tolist()))
 
 
 def test_at_the_old_policy_the_gradient_is_the_policy_gradient():
@@ -116,7 +116,7 @@ def test_at_the_old_policy_the_gradient_is_the_policy_gradient():
     logprobs, advantages, mask = random_rows(2)
     new = leaf(logprobs)
     clipped_policy_loss(new, logprobs, advantages, mask, clip_range=0.2).backward()
-    close(new.grad, torch.where(mask, -advantages / mask.sum(), 0))
+    assert_close(new.grad, torch.where(mask, -advantages / mask.sum(), 0))
 
 
 @examples
@@ -125,7 +125,7 @@ def test_the_clipped_policy_loss_agrees_with_the_reference(case, clip_range, dua
     *inputs, mask = case
     settings = {"clip_range": clip_range, "dual_clip": dual_clip, "count": count}
     expected = reference.clipped_policy_loss(*(x.tolist() for x in case), **settings)
-    close(clipped_policy_loss(*inputs, mask, **settings), expected, rtol=1e-7)
+    assert_close(clipped_policy_loss(*inputs, mask, **settings), expected, rtol=1e-7)
 
 
 @examples
@@ -165,7 +165,7 @@ def test_the_value_loss_without_a_clip_is_half_the_squared_error():
 def test_the_value_loss_agrees_with_the_reference(case, clip_range, count):
     *inputs, mask = case
     expected = reference.value_loss(*(x.tolist() for x in case), clip_range, count)
-    close(value_loss(*inputs, mask, clip_range=clip_range, count=count), expected)
+    assert_close(value_loss(*inputs, mask, clip_range=clip_range, count=count), expected)
 
 
 # The whole loss.
@@ -209,7 +209,7 @@ def test_the_ppo_loss_agrees_with_the_reference(case, clip_range, dual_clip, val
     }
     loss, _ = ppo_loss(Evaluation(new, entropy, new_values), experience, **settings)
     evaluation = {"logprobs": new.tolist(), "entropy": entropy.tolist(), "values": new_values.tolist()}
-    close(loss, reference.ppo_loss(evaluation, as_lists(experience), mask.tolist(), **settings), rtol=1e-7)
+    assert_close(loss, reference.ppo_loss(evaluation, as_lists(experience), mask.tolist(), **settings), rtol=1e-7)
 
 
 def test_the_statistics_by_hand():
@@ -243,10 +243,12 @@ def test_the_statistics_by_hand():
 def test_at_the_old_policy_ratio_is_one_and_nothing_is_clipped():
     (_, entropy, values), experience = ppo_case()
     _, statistics = ppo_loss(Evaluation(experience.logprobs, entropy, values), experience)
-    close(statistics["policy/ratio"], 1.0)
+    assert_close(statistics["policy/ratio"], 1.0)
     assert statistics["policy/approx_kl"] == 0
     assert statistics["policy/clip_fraction"] == 0
-    close(statistics["loss/policy"], -reference.masked_mean(experience.advantages.tolist(), experience.mask.tolist()))
+    assert_close(
+        statistics["loss/policy"], -reference.masked_mean(experience.advantages.tolist(), experience.mask.tolist())
+    )
 
 
 def test_nothing_is_clipped_without_a_clip_range():
@@ -321,7 +323,7 @@ def test_nan_in_masked_slots_changes_no_statistic():
         poisoned = Experience({}, *(torch.where(mask, getattr(experience, name), poison) for name in names), mask)
         _, statistics = ppo_loss(Evaluation(*(torch.where(mask, x, poison) for x in evaluation)), poisoned)
         for name, value in statistics.items():
-            close(value, clean[name])
+            assert_close(value, clean[name])
 
 
 def test_a_batch_without_a_decision_has_no_loss_and_no_gradient():
@@ -353,12 +355,12 @@ def test_uneven_micro_batches_sum_to_the_whole_batch(sizes):
         piece.backward()
         total, start = total + piece.item(), start + size
         summed = {name: summed[name] + of_piece[name].item() for name in summed}
-    close(total, loss, rtol=1e-6)  # the count divides in float32
+    assert_close(total, loss, rtol=1e-6)  # the count divides in float32
     for name, value in statistics.items():
-        close(summed[name], value, rtol=1e-6)
+        assert_close(summed[name], value, rtol=1e-6)
     for piece, each in zip(pieces, whole, strict=True):
         if each.grad is not None:
-            close(piece.grad, each.grad)
+            assert_close(piece.grad, each.grad)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -367,8 +369,8 @@ def test_the_entropy_bonus_and_the_penalty_enter_with_their_signs(seed):
     plain, statistics = ppo_loss(Evaluation(*evaluation), experience)
     with_bonus, _ = ppo_loss(Evaluation(*evaluation), experience, entropy_coef=0.1)
     with_penalty, _ = ppo_loss(Evaluation(*evaluation), experience, kl_penalty_coef=0.1)
-    close(with_bonus, plain - 0.1 * statistics["objective/entropy"])
-    close(with_penalty, plain + 0.1 * statistics["policy/approx_kl"])
+    assert_close(with_bonus, plain - 0.1 * statistics["objective/entropy"])
+    assert_close(with_penalty, plain + 0.1 * statistics["policy/approx_kl"])
 
 
 def gaussian_kl(old, new):
@@ -388,7 +390,7 @@ def test_an_exact_divergence_takes_the_place_of_the_estimate():
     assert kl_old_new(evaluation, experience).item() == 0
     assert kl_old_new(evaluation, experience, kl_divergence=gaussian_kl).item() == 1
     loss, _ = ppo_loss(evaluation, experience, kl_penalty_coef=0.3, kl_divergence=gaussian_kl)
-    close(loss, 0.3)
+    assert_close(loss, 0.3)
 
 
 def test_the_divergence_is_of_the_old_policy_from_the_new():
@@ -397,7 +399,7 @@ def test_the_divergence_is_of_the_old_policy_from_the_new():
     old, new = torch.tensor([[[0.0, 0.0]]], dtype=torch.float64), torch.tensor([[[0.0, 2.0]]], dtype=torch.float64)
     experience = Experience({}, zeros, zeros, zeros, zeros, ALL, distribution=old)
     exact = kl_old_new(Evaluation(zeros, zeros, zeros, distribution=new), experience, kl_divergence=exact_kl)
-    close(exact, reference.exact_kl([0, 0], [0, 2]))
+    assert_close(exact, reference.exact_kl([0, 0], [0, 2]))
     assert abs(exact.item() - reference.exact_kl([0, 2], [0, 0])) > 0.01
 
 
@@ -451,7 +453,7 @@ def test_the_bradley_terry_loss_agrees_with_the_reference(case, with_margin, wit
     expected = reference.bradley_terry_loss(
         *(None if x is None else x.tolist() for x in (chosen, rejected, margin, weight)), count
     )
-    close(bradley_terry_loss(chosen, rejected, margin, weight=weight, count=count), expected)
+    assert_close(bradley_terry_loss(chosen, rejected, margin, weight=weight, count=count), expected)
 
 
 def test_the_bradley_terry_loss_passes_gradcheck():
@@ -473,7 +475,7 @@ def test_hopeless_and_certain_pairs_have_finite_losses():
     loss = bradley_terry_loss(chosen, torch.zeros(2, dtype=torch.float64))
     loss.backward()
     assert loss.item() == 500
-    close(chosen.grad, [0.0, -0.5])
+    assert_close(chosen.grad, [0.0, -0.5])
 
 
 def test_no_pairs_have_no_loss():

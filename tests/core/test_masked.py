@@ -8,8 +8,8 @@ import reference
 import torch
 from core_cases import (
     as_processes,
+    assert_close,
     assert_masked_slots_do_not_matter,
-    close,
     examples,
     floats,
     leaf,
@@ -82,7 +82,7 @@ def test_moments_by_hand():
     mask = torch.tensor([[True, True, False, True]])
     mean, variance, count = masked_moments(rows_of([1, 3, 99, 8]), mask)
     assert (mean.item(), count.item()) == (4, 3)
-    close(variance, 26 / 3)
+    assert_close(variance, 26 / 3)
 
 
 def test_moments_of_no_decision_are_zero():
@@ -100,13 +100,13 @@ def test_the_variance_keeps_its_digits_when_the_mean_is_large():
 def test_whiten_by_hand():
     # Of 1 and 5: mean 3, biased variance 4, so −1 and 1; the unbiased variance, 8, would give ∓0.707.
     whitened = whiten(rows_of([1, 99, 5]), torch.tensor([[True, False, True]]))
-    close(whitened, [[-1.0, 0.0, 1.0]], atol=1e-8)
+    assert_close(whitened, [[-1.0, 0.0, 1.0]], atol=1e-8)
 
 
 def test_unit_variance_by_hand():
     # Of 1 and 5: mean 3, deviation 2, so 3 − 1 = 2 and 3 + 1 = 4.
     scaled = unit_variance(rows_of([1, 99, 5]), torch.tensor([[True, False, True]]))
-    close(scaled, [[2.0, 0.0, 4.0]], atol=1e-8)
+    assert_close(scaled, [[2.0, 0.0, 4.0]], atol=1e-8)
 
 
 @pytest.mark.parametrize("function", [whiten, unit_variance])
@@ -155,14 +155,14 @@ def test_unit_variance_keeps_the_mean(case):
 def test_whitening_forgets_scale_and_shift(case, scale, shift):
     x, mask = case
     assume(reference.moments(x.tolist(), mask.tolist())[1] > 0.1)
-    close(whiten(scale * x + shift, mask), whiten(x, mask), atol=1e-6)
+    assert_close(whiten(scale * x + shift, mask), whiten(x, mask), atol=1e-6)
 
 
 @examples
 @given(rows(1), st.one_of(st.none(), floats(0.5, 9)))
 def test_masked_mean_agrees_with_the_reference(case, count):
     x, mask = case
-    close(masked_mean(x, mask, count=count), reference.masked_mean(x.tolist(), mask.tolist(), count))
+    assert_close(masked_mean(x, mask, count=count), reference.masked_mean(x.tolist(), mask.tolist(), count))
 
 
 @examples
@@ -171,12 +171,12 @@ def test_moments_whiten_and_unit_variance_agree_with_the_reference(case):
     x, mask = case
     lists = x.tolist(), mask.tolist()
     mean, variance, count = masked_moments(x, mask)
-    close(mean, reference.moments(*lists)[0])
-    close(variance, reference.moments(*lists)[1])
+    assert_close(mean, reference.moments(*lists)[0])
+    assert_close(variance, reference.moments(*lists)[1])
     assert count == len(reference.decisions(*lists))
     # Next to the 1e-8 under the root, a rounding error of equal numbers is magnified 10⁴ times.
-    close(whiten(x, mask), reference.whiten(*lists), atol=1e-9)
-    close(unit_variance(x, mask), reference.unit_variance(*lists), atol=1e-9)
+    assert_close(whiten(x, mask), reference.whiten(*lists), atol=1e-9)
+    assert_close(unit_variance(x, mask), reference.unit_variance(*lists), atol=1e-9)
 
 
 @examples
@@ -185,20 +185,20 @@ def test_explained_variance_agrees_with_the_reference(case):
     values, returns, mask = case
     assume(reference.moments(returns.tolist(), mask.tolist())[1] > 0.01)
     expected = reference.explained_variance(values.tolist(), returns.tolist(), mask.tolist())
-    close(explained_variance(values, returns, mask), expected)
+    assert_close(explained_variance(values, returns, mask), expected)
 
 
 def test_explained_variance_by_hand():
     # Returns 0, 2, 4: variance (4 + 0 + 4)/3 = 8/3. Errors 0, 1, 0 less their mean 1/3: (1/9 + 4/9 + 1/9)/3 = 2/9.
     # 1 − (2/9)/(8/3) = 1 − 1/12 = 11/12.
     mask = torch.tensor([[True, True, True, False]])
-    close(explained_variance(rows_of([0, 1, 4, 5]), rows_of([0, 2, 4, -5]), mask), 11 / 12)
+    assert_close(explained_variance(rows_of([0, 1, 4, 5]), rows_of([0, 2, 4, -5]), mask), 11 / 12)
 
 
 def test_perfect_values_explain_all_and_constant_ones_nothing():
     _, returns, mask = random_rows(2)
     assert explained_variance(returns, returns, mask).item() == 1
-    close(explained_variance(torch.full_like(returns, 3.0), returns, mask), 0.0)
+    assert_close(explained_variance(torch.full_like(returns, 3.0), returns, mask), 0.0)
 
 
 @pytest.mark.parametrize("constant", [0.0, 2.0, 0.1])
@@ -232,15 +232,15 @@ def test_uneven_micro_batches_with_the_count_sum_to_the_whole(case, sizes):
         total = total + masked_mean(pieces[part], mask[part], count=mask.sum())
         start += size
     total.backward()
-    close(total, masked_mean(x, mask))
-    close(pieces.grad, whole.grad)
+    assert_close(total, masked_mean(x, mask))
+    assert_close(pieces.grad, whole.grad)
 
 
 def test_the_mean_of_micro_batch_means_is_not_the_mean():
     # Four decisions of loss 1 and one of loss 5: the mean is 9/5; the mean of the two means would be 3.
     x, mask = rows_of([1, 1, 1, 1], [5, 0, 0, 0]), torch.tensor([[True] * 4, [True, False, False, False]])
     split = sum(masked_mean(x[row], mask[row], count=mask.sum()) for row in (slice(0, 1), slice(1, 2)))
-    close(split, 9 / 5)
+    assert_close(split, 9 / 5)
 
 
 @pytest.mark.parametrize("function", [whiten, unit_variance])
@@ -252,7 +252,7 @@ def test_several_processes_normalise_like_one(function, splits):
     results = as_processes(
         lambda rank, sum_across: function(x_of[rank], mask_of[rank], sum_across=sum_across), len(splits)
     )
-    close(torch.cat(results), function(x, mask))
+    assert_close(torch.cat(results), function(x, mask))
 
 
 def test_several_processes_see_the_same_explained_variance_as_one():
@@ -264,7 +264,7 @@ def test_several_processes_see_the_same_explained_variance_as_one():
         2,
     )
     for result in results:
-        close(result, explained_variance(values, returns, mask))
+        assert_close(result, explained_variance(values, returns, mask))
 
 
 @examples
@@ -273,8 +273,8 @@ def test_padding_columns_change_no_statistic(x, num):
     mask = torch.ones(x.shape, dtype=torch.bool)
     padded = torch.cat([x, torch.full((2, num), torch.nan)], dim=1)
     padded_mask = torch.cat([mask, torch.zeros(2, num, dtype=torch.bool)], dim=1)
-    close(masked_mean(padded, padded_mask), masked_mean(x, mask))
-    close(whiten(padded, padded_mask)[:, :4], whiten(x, mask), atol=1e-9)
+    assert_close(masked_mean(padded, padded_mask), masked_mean(x, mask))
+    assert_close(whiten(padded, padded_mask)[:, :4], whiten(x, mask), atol=1e-9)
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 7])
