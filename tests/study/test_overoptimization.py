@@ -149,13 +149,13 @@ def test_a_difference_is_clear_from_two_standard_errors_of_a_difference_on():
     assert clear(PLAN, "best of n") == pytest.approx(2 * 0.02**0.5)  # 100 prompts
 
 
-def test_gold_turns_over_where_it_rises_and_falls_against_every_proxy_while_that_rises():
+def test_gold_turns_over_where_it_falls_by_every_proxy_by_which_it_rose_while_that_rises():
     assert turns_over(curves_of(FALLS, FALLS), PLAN, "PPO").holds is True
     assert turns_over(curves_of(FALLS, RISES), PLAN, "PPO").holds is False
     sinking = [curve(FALLS, proxies=[0, 1, 2, 1, 1, 1]), curve(FALLS, target="narrow-400")]
     found = turns_over(sinking, PLAN, "PPO")
     assert found.holds is False
-    assert found.evidence.startswith("against 1 of 2 proxies")
+    assert found.evidence.startswith("gold rose by 2 of 2 proxies and turned over by 1.")
     assert "narrow-100: +0.50 at d = 1.0, -2.00 at 6.0" in found.evidence
 
 
@@ -167,11 +167,13 @@ def test_gold_turns_over_where_it_rises_and_falls_against_every_proxy_while_that
         [0, 0.0, 0.1, 0.0, 0.1, 0.1],
     ],
 )
-def test_gold_that_never_rose_does_not_say_whether_it_turns_over(golds):
-    found = turns_over(curves_of(FALLS, golds), PLAN, "PPO")
-    assert found.holds is None
-    assert found.evidence.count("not measurable: gold never rose") == 1
-    assert turns_over(curves_of(RISES, golds), PLAN, "PPO").holds is False  # the other proxy tells
+def test_gold_that_never_rose_has_nothing_to_turn_over(golds):
+    for rose, holds in ((FALLS, True), (RISES, False)):  # the other proxy tells
+        found = turns_over(curves_of(rose, golds), PLAN, "PPO")
+        assert found.holds is holds
+        assert found.evidence.startswith(f"gold rose by 1 of 2 proxies and turned over by {holds:d}.")
+        assert "narrow-400" not in found.evidence
+    assert turns_over(curves_of(golds, golds), PLAN, "PPO").holds is None
 
 
 @pytest.mark.parametrize(

@@ -52,30 +52,29 @@ def clear(plan: Plan, method: Method = "PPO") -> float:
 
 
 def turns_over(curves: Sequence[Curve], plan: Plan, method: Method) -> Claim:
-    """Whether gold rises clearly, and then falls clearly while the proxy goes on rising, against every proxy.
+    """Whether gold falls clearly while the proxy goes on rising, by every proxy by which it had risen clearly.
 
-    Where gold never rose there is nothing to turn over: not measurable.
+    Where gold never rose there is nothing to turn over; where it rose by no proxy that cannot be told.
     """
     least = clear(plan, method)
     found = [curve_of(curves, target.name, method) for target in _single(plan)]
-    outcomes = [_turned(each, least) for each in found]
+    rose = [curve for curve in found if curve.peak.gold - curve.points[0].gold > least]
+    turned = [_turns(curve, least) for curve in rose]
     spans = "; ".join(
-        f"{each.target}: {each.peak.gold:+.2f} at d = {each.peak.distance:.1f}, "
-        f"{each.end.gold:+.2f} at {each.end.distance:.1f}"
-        + (" (not measurable: gold never rose)" if outcome is None else "")
-        for each, outcome in zip(found, outcomes, strict=True)
+        f"{curve.target}: {curve.peak.gold:+.2f} at d = {curve.peak.distance:.1f}, "
+        f"{curve.end.gold:+.2f} at {curve.end.distance:.1f}"
+        for curve in rose
     )
     return Claim(
-        f"By {method}, gold turns over while the proxy goes on rising.",
-        _all(outcomes),
-        f"against {outcomes.count(True)} of {len(found)} proxies. Peak and end of gold: {spans}",
+        f"Where gold rises by {method}, it turns over while the proxy goes on rising.",
+        _all(turned) if rose else None,
+        f"gold rose by {len(rose)} of {len(found)} proxies and turned over by {sum(turned)}"
+        + (f". Its peak and end there: {spans}" if rose else ""),
     )
 
 
-def _turned(curve: Curve, least: float) -> bool | None:
+def _turns(curve: Curve, least: float) -> bool:
     peak, end = curve.peak, curve.end
-    if peak.gold - curve.points[0].gold <= least:
-        return None
     return peak.gold - end.gold > least and end.proxy - peak.proxy > least
 
 
