@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from classic.config import ExperimentConfig, TrainConfig
-from classic.experiment import (
-    Experiment,
-    Results,
-    carry_out,
-    command_line,
-    returns_table,
-    versions,
-)
+from classic.experiment import Experiment, Results, carry_out, command_line, returns_table, runs_of
+from classic.many_runs import versions
 from classic.plot import plot_estimates, read_curve
 from classic.presets import preset_for
 from classic.variants import DETAILS, PRESET
@@ -24,12 +19,12 @@ from ppo_rlhf.statistics import Estimate, difference, estimate, interquartile_me
 EVALUATIONS = 10  # of a run, evenly spread, whose mean is its outcome: how fast it learns counts as well as how far
 
 PROTOCOL = """\
-Each row is the environment's preset with one thing changed. A run's return is the mean of ten evaluations, which are
-deterministic and evenly spread over it, so that speed counts as well as the end. A score is that return on a scale on
-which the untrained policy, its actions sampled, is 0 and the best of all these runs on the environment is 1. The score
-of a row is the interquartile mean over environments and seeds (Agarwal et al., 2021); `worth` is the preset's less the
-row's, above 0 where the preset does better; the intervals are 95 % bootstrap intervals over seeds within each
-environment, at that scale."""
+Each row is the environment's preset with one thing changed. A run's return is the mean of its evaluations (ten where it
+is long enough), which are deterministic and evenly spread over it, so that speed counts as well as the end. A score is
+that return on a scale on which the untrained policy, its actions sampled, is 0 and the best of all these runs on the
+environment is 1. The score of a row is the interquartile mean over environments and seeds (Agarwal et al., 2021);
+`worth` is the preset's less the row's, above 0 where the preset does better; the intervals are 95 % bootstrap intervals
+over seeds within each environment, at that scale."""
 
 
 def mean_evaluation(run: Path) -> float:
@@ -60,7 +55,7 @@ def ablations(config: ExperimentConfig) -> dict[str, Any]:
         for name, found in scores.items()
         if name != PRESET and PRESET in scores
     }
-    write_text(folder / "ablations.md", markdown(config, results, estimates, worth))
+    write_text(folder / "ablations.md", markdown(config, runs_of(ABLATIONS, config, folder), results, estimates, worth))
     rows = [
         {
             "variant": name,
@@ -79,7 +74,11 @@ def ablations(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def markdown(
-    config: ExperimentConfig, results: Results, estimates: dict[str, Estimate], worth: dict[str, Estimate]
+    config: ExperimentConfig,
+    runs: Iterable[Path],
+    results: Results,
+    estimates: Mapping[str, Estimate],
+    worth: Mapping[str, Estimate],
 ) -> str:
     """ablations.md."""
     lines = [
@@ -99,7 +98,7 @@ def markdown(
         "",
         f"    {command_line(ABLATIONS, config)}",
         "",
-        versions(),
+        versions(runs),
         "",
     ]
     return "\n".join(lines)

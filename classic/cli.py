@@ -83,6 +83,7 @@ def _add_compare(parser: ArgumentParser) -> None:
 def _add_many_runs(parser: ArgumentParser, seeds: Sequence[int]) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(seeds), help="a run each")
     parser.add_argument("--num_steps", type=int | None, help="of a run; by default as the preset has them")
+    parser.add_argument("--workers", type=int | None, help="runs at a time; by default as many as there are cores")
     parser.add_argument("--output_dir", help="by default a fresh numbered folder under runs/")
     parser.add_argument("--resume", action="store_true", help="go on with what is in --output-dir")
 
@@ -97,7 +98,6 @@ def _add_experiment(
         "--variants", nargs="+", metavar="NAME", choices=variants, default=list(variants), help="what is compared"
     )
     _add_many_runs(parser, seeds)
-    parser.add_argument("--workers", type=int | None, help="runs at a time; by default as many as there are cores")
 
 
 def _preset(given: Namespace) -> dict[str, Any]:
@@ -115,12 +115,12 @@ def _earlier(given: Namespace, kind: type[ManyRuns]) -> dict[str, Any]:
     if not given.resume or given.output_dir is None or not path.exists():
         return {}
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return {
-            field.name: settings[field.name] for field in fields(kind) if field.name not in ("output_dir", "resume")
-        }
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        settings = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is not of a comparison: {error}") from error
+    unknown = settings.keys() - {field.name for field in fields(kind)}
+    require(not unknown, f"{path} is not of a comparison: it has {', '.join(sorted(unknown))}.")
+    return {name: value for name, value in settings.items() if name not in ("output_dir", "resume")}
 
 
 # -------------------------------------------------------------------------------------------------------- commands
@@ -220,7 +220,7 @@ def _compare(given: Namespace) -> Outcome:
     from classic.compare import compare
 
     config = _many_runs(given, CompareConfig, "env_ids", "algorithms", "seeds")
-    summary = compare(config, tell=lambda line: print(line, file=sys.stderr, flush=True))
+    summary = compare(config)
     return summary, _written(summary, "comparison.md")
 
 

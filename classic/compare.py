@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from classic.config import CompareConfig, TrainConfig
-from classic.envs import make_environments
+from classic.many_runs import folder_of, refuse_runs, train_all, versions
 from classic.plot import mean_and_interval, plot
-from classic.ppo import device_of, run
 from classic.presets import preset_for
-from ppo_rlhf.run import new_folder, write_config, write_text
+from ppo_rlhf.run import new_folder, write_text
 
 
 @dataclass(frozen=True)
@@ -43,67 +39,61 @@ class Result:
         }
 
 
-def compare(config: CompareConfig, *, tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def compare(config: CompareConfig) -> dict[str, Any]:
     """Runs every algorithm with every seed on every environment, and writes comparison.md, .png, .svg and .csv.
 
     A run that is finished is not repeated, one that was interrupted goes on. → `output_dir`, and `results` as in
-    `Result.numbers`. tell: hears of each run, in one line what starts, in another how it ended.
+    `Result.numbers`.
 
-    Raises UserError, before anything is written, for an environment that cannot be made, or a folder in use.
+    Raises UserError, before anything is written, for an environment that cannot be made, a folder in use, or runs in it
+    that trained otherwise; and at the end where a run failed.
     """
     folder = new_folder(config.output_dir, "comparison", resume=config.resume)
-    planned = {folder_of(folder, each): each for each in runs_of(config)}
-    for each in planned.values():
-        device_of(each, each.env_id)
-    for each in {each.env_id: each for each in planned.values()}.values():
-        make_environments(each.env_id, **each.environment.arguments()).close()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_config(folder, config)
-    for number, (path, each) in enumerate(planned.items(), start=1):
-        name = f"{each.env_id} {each.algorithm} seed {each.seed}"
-        tell(f"{name} ({number} of {len(planned)})")
-        started = time.monotonic()
-        run(replace(each, output_dir=str(path), resume=True), quiet=True)
-        tell(f"{name}: {_final_return(path):.1f} in {time.monotonic() - started:.1f} s")
+    planned = runs_of(config, folder)
+    refuse_runs(planned)
+    train_all(folder, config, planned, outcome=final_return)
     results = [
         Result(
             env_id,
             algorithm,
-            tuple(_final_return(path) for path, each in planned.items() if _is(each, env_id, algorithm)),
+            tuple(final_return(folder_of(folder, env_id, algorithm, seed)) for seed in config.seeds),
         )
         for env_id in config.env_ids
         for algorithm in config.algorithms
     ]
     plot(list(planned), folder / "comparison.png", smooth=5)
-    write_text(folder / "comparison.md", table(config, results))
+    write_text(folder / "comparison.md", table(config, planned, results))
     return {"output_dir": str(folder), "results": [result.numbers() for result in results]}
 
 
-def runs_of(config: CompareConfig) -> list[TrainConfig]:
-    """The configurations of all runs: the environment's preset, or the algorithm's own for it, with every seed.
+def runs_of(config: CompareConfig, folder: Path) -> dict[Path, TrainConfig]:
+    """The configurations of all runs by their folders: the environment's preset, or the algorithm's own for it, with
+    every seed.
 
     Raises UserError for settings that do not go together.
     """
     common: dict[str, Any] = {"eval_episodes": config.eval_episodes, "device": config.device}
     if config.num_steps is not None:
         common["num_steps"] = config.num_steps
-    return [
-        replace(preset_for(env_id, algorithm), env_id=env_id, algorithm=algorithm, seed=seed, **common)
+    return {
+        folder_of(folder, env_id, algorithm, seed): replace(
+            preset_for(env_id, algorithm), env_id=env_id, algorithm=algorithm, seed=seed, **common
+        )
         for env_id in config.env_ids
         for algorithm in config.algorithms
         for seed in config.seeds
-    ]
+    }
 
 
-def folder_of(folder: Path, config: TrainConfig) -> Path:
-    """Where a run of the comparison lies."""
-    return folder / re.sub(r"[^\w.-]", "_", config.env_id) / config.algorithm / f"seed-{config.seed}"
+def final_return(run: Path) -> float:
+    """The mean return of a finished run's final evaluation."""
+    return float(json.loads((run / "summary.json").read_text(encoding="utf-8"))["return_after"])
 
 
-def table(config: CompareConfig, results: Sequence[Result]) -> str:
+def table(config: CompareConfig, runs: Mapping[Path, TrainConfig], results: Sequence[Result]) -> str:
     """comparison.md."""
     lines = ["# Comparison", ""]
-    steps = {(run.env_id, str(run.algorithm)): run.num_updates * run.num_envs * run.horizon for run in runs_of(config)}
+    steps = {(run.env_id, str(run.algorithm)): run.num_updates * run.num_envs * run.horizon for run in runs.values()}
     for env_id in config.env_ids:
         lines += [
             f"## {env_id}",
@@ -122,7 +112,7 @@ def table(config: CompareConfig, results: Sequence[Result]) -> str:
         f"    python -m classic compare {' '.join(config.env_ids)} --algorithms {' '.join(config.algorithms)} "
         f"--seeds {seeds}{steps_given} --eval-episodes {config.eval_episodes}",
         "",
-        ", ".join(f"{name} {version(name)}" for name in ("torch", "gymnasium", "numpy")),
+        versions(runs),
         "",
         "![learning curves](comparison.png)",
         "",
@@ -137,11 +127,3 @@ def _row(result: Result, steps: int) -> str:
         f"| {result.algorithm} | {steps:,} | {len(result.returns)} | {numbers['mean']:.1f} | {interval} "
         f"| {numbers['median']:.1f} | {numbers['min']:.1f} to {numbers['max']:.1f} |"
     )
-
-
-def _is(config: TrainConfig, env_id: str, algorithm: str) -> bool:
-    return config.env_id == env_id and config.algorithm == algorithm
-
-
-def _final_return(folder: Path) -> float:
-    return float(json.loads((folder / "summary.json").read_text(encoding="utf-8"))["return_after"])

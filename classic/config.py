@@ -193,6 +193,8 @@ class ManyRuns:
     """A run each."""
     num_steps: int | None = None
     """Environment steps of a run; null: as the preset has them."""
+    workers: int | None = None
+    """Runs at a time, a thread each; null: as many as there are cores."""
     output_dir: str | None = None
     """Holds a run folder each; without it a fresh numbered folder under runs/."""
     resume: bool = False
@@ -204,6 +206,7 @@ class ManyRuns:
         steps = self.num_steps
         require(steps is None or steps >= 1, f"num_steps={steps} must be at least 1.")
         require(all(0 <= seed < 2**32 for seed in self.seeds), "seeds must lie between 0 and 2**32 - 1.")
+        require(self.workers is None or self.workers >= 1, f"workers={self.workers} must be at least 1.")
 
     def _require_different(self, name: str) -> None:
         values = getattr(self, name)
@@ -234,10 +237,7 @@ class ExperimentConfig(ManyRuns):
 
     variants: tuple[str, ...] = ()
     """What is compared, by the names in `classic.variants`."""
-    workers: int | None = None
-    """Runs at a time, a thread each; null: as many as there are cores."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_different("variants")
-        require(self.workers is None or self.workers >= 1, f"workers={self.workers} must be at least 1.")

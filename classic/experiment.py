@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +14,11 @@ import numpy as np
 from classic.config import ExperimentConfig, TrainConfig
 from classic.envs import make_environments
 from classic.evaluate import play
+from classic.many_runs import folder_of, refuse_runs, train_all
 from classic.ppo import new_policy
 from classic.variants import Variant, changed
 from ppo_rlhf.errors import UserError
-from ppo_rlhf.run import new_folder, read_config, refuse_changes, write_config, write_text
-from ppo_rlhf.run.folder import HOW_OFTEN
-from ppo_rlhf.run.grid import Job, available_cores, run_grid
+from ppo_rlhf.run import new_folder, write_text
 from ppo_rlhf.seeding import keyed_seed
 
 RANDOM_EPISODES = 100  # of the untrained policy, whose mean return is score 0
@@ -61,8 +57,8 @@ class Results:
         for env_id, best in self.best.items():
             if best <= self.random[env_id]:
                 raise UserError(
-                    f"no run on {env_id} did better than the untrained policy: no scale. Train longer, by more "
-                    "--num-steps into another --output-dir."
+                    f"no run on {env_id} did better than the untrained policy: no scale. Leave it out, by --resume "
+                    "with the other --envs; or train longer, by more --num-steps into another --output-dir."
                 )
         return [
             (np.array(returns) - self.random[env_id]) / (self.best[env_id] - self.random[env_id])
@@ -84,21 +80,11 @@ def carry_out(experiment: Experiment, config: ExperimentConfig) -> tuple[Path, R
     """
     folder = new_folder(config.output_dir, experiment.name, resume=config.resume)
     planned = runs_of(experiment, config, folder)
-    for path, run in planned.items():
-        refuse_changes(path, read_config(path) or {}, asdict(run), may_change=HOW_OFTEN)
+    refuse_runs(planned)
     for env_id in config.env_ids:
-        make_environments(env_id, **experiment.base(env_id, config.num_steps).environment.arguments()).close()
         _refuse_twins(experiment, config, env_id)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_config(folder, config)
-    for path, run in planned.items():
-        if not (path / "config.yaml").exists():
-            path.mkdir(parents=True, exist_ok=True)
-            write_config(path, run)  # which `train --resume` starts from
+    train_all(folder, config, planned, outcome=experiment.outcome)
     random = {env_id: random_return(folder, experiment.base(env_id, config.num_steps)) for env_id in config.env_ids}
-    command = (sys.executable, "-m", "classic", "train")
-    jobs = [Job(str(path.relative_to(folder)), command, path) for path in planned]
-    run_grid(jobs, workers=config.workers or available_cores(), title=experiment.name)
     returns = {
         variant: {
             env_id: [experiment.outcome(folder_of(folder, env_id, variant, seed)) for seed in config.seeds]
@@ -132,11 +118,6 @@ def _refuse_twins(experiment: Experiment, config: ExperimentConfig, env_id: str)
     for one, other in itertools.combinations(settings, 2):
         if settings[one] == settings[other]:
             raise UserError(f"on {env_id} {other} is the same as {one}: leave one of them out by --variants.")
-
-
-def folder_of(folder: Path, env_id: str, variant: str, seed: int) -> Path:
-    """Where a run lies."""
-    return folder / re.sub(r"[^\w.-]", "_", env_id) / variant / f"seed-{seed}"
 
 
 def random_return(folder: Path, config: TrainConfig) -> float:
@@ -176,8 +157,3 @@ def command_line(experiment: Experiment, config: ExperimentConfig) -> str:
     lists = {"--envs": config.env_ids, "--variants": config.variants, "--seeds": config.seeds}
     given = [str(word) for option, values in lists.items() for word in (option, *values)]
     return " ".join(["python -m classic", experiment.name, *given, *steps])
-
-
-def versions() -> str:
-    """Of the libraries on which returns hang."""
-    return ", ".join(f"{name} {version(name)}" for name in ("torch", "gymnasium", "numpy"))

@@ -89,12 +89,8 @@ def run(
     env: EnvironmentMaker | None = None,
     policy: Policy | None = None,
     callbacks: Iterable[Callback] = (),
-    quiet: bool = False,
 ) -> tuple[Policy, dict[str, Any]]:
-    """The same in a run folder: metrics, evaluations, checkpoints, final and best policy; → with the run's summary.
-
-    quiet: shows no progress.
-    """
+    """The same in a run folder: metrics, evaluations, checkpoints, final and best policy; → with the run's summary."""
     env = config.env_id if env is None else env
     start = begin(config, "classic", cpu=device_of(config, env) == "cpu", longer=asks_for_more(config))
     if start is None:
@@ -113,7 +109,7 @@ def run(
         painter = painter_of(env, learner.policy, config)
         if painter is not None:
             closing.callback(painter.close)
-        with start.run(num_steps=config.num_updates, quiet=quiet) as folder:
+        with start.run(num_steps=config.num_updates) as folder:
             state = folder.resume()
             if state is None:
                 state = LoopState(kl_coef=config.penalty.kl_coef, before=judge(learner.policy).metrics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,8 @@ from typing import Any
 import numpy as np
 
 from classic.config import ExperimentConfig, TrainConfig
-from classic.experiment import (
-    Experiment,
-    Results,
-    carry_out,
-    command_line,
-    returns_table,
-    runs_of,
-    versions,
-)
+from classic.experiment import Experiment, Results, carry_out, command_line, returns_table, runs_of
+from classic.many_runs import versions
 from classic.plot import plot, plot_estimates, read_curve
 from classic.presets import mujoco
 from classic.variants import SURROGATES
@@ -75,7 +69,8 @@ def table1(config: ExperimentConfig) -> dict[str, Any]:
     """
     folder, results = carry_out(TABLE1, config)
     estimates = {name: estimate(results.scores(name)) for name in config.variants}
-    write_text(folder / "table1.md", markdown(config, results, estimates))
+    runs = runs_of(TABLE1, config, folder)
+    write_text(folder / "table1.md", markdown(config, runs, results, estimates))
     rows = [
         {"variant": name, "text": SURROGATES[name].text, **asdict(found), "paper": SURROGATES[name].paper}
         for name, found in estimates.items()
@@ -85,13 +80,15 @@ def table1(config: ExperimentConfig) -> dict[str, Any]:
     labels = {SURROGATES[name].text: found for name, found in estimates.items()}
     papers = {SURROGATES[name].text: SURROGATES[name].paper for name in config.variants}
     plot_estimates(labels, folder / "table1.png", axis="normalised score", marks=papers, marked="the paper's")
-    plot(list(runs_of(TABLE1, config, folder)), folder / "learning_curves.png", smooth=10)
+    plot(list(runs), folder / "learning_curves.png", smooth=10)
     return summary
 
 
-def markdown(config: ExperimentConfig, results: Results, estimates: dict[str, Estimate]) -> str:
+def markdown(
+    config: ExperimentConfig, runs: Mapping[Path, TrainConfig], results: Results, estimates: Mapping[str, Estimate]
+) -> str:
     """table1.md."""
-    steps = {run.num_updates * run.num_envs * run.horizon for run in runs_of(TABLE1, config, Path()).values()}
+    steps = {run.num_updates * run.num_envs * run.horizon for run in runs.values()}
     lines = [
         "# Surrogate objectives (Schulman et al., 2017, table 1)",
         "",
@@ -112,7 +109,7 @@ def markdown(config: ExperimentConfig, results: Results, estimates: dict[str, Es
         "",
         f"    {command_line(TABLE1, config)}",
         "",
-        versions(),
+        versions(runs),
         "",
     ]
     return "\n".join(lines)

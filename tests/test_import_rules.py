@@ -109,6 +109,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
 }
 
 PLAYING = {"envs", "policy", "spaces"}
+EXPERIMENT = {"config", "experiment", "many_runs", "plot", "presets", "variants"}
 # the same for the control side, of which the toolkit knows nothing: (libraries, its own modules, the toolkit's)
 CONTROL_RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
     "__init__": (set(), {"policy", "ppo"}, set()),
@@ -141,14 +142,15 @@ CONTROL_RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
     "video": ({"gymnasium"}, PLAYING | {"config", "evaluate"}, ERRORS | {"seeding"}),
     "export": ({"torch"}, {"policy", "spaces"}, ERRORS),
     "plot": ({"matplotlib", "numpy", "scipy"}, set(), LIGHT | {"run", "statistics"}),
-    "compare": ({"numpy"}, {"config", "envs", "plot", "ppo", "presets"}, ERRORS | {"run"}),
+    "many_runs": (set(), {"config", "envs", "ppo"}, {"run"}),
+    "compare": ({"numpy"}, {"config", "many_runs", "plot", "presets"}, {"run"}),
     "experiment": (
         {"numpy"},
-        {"config", "envs", "evaluate", "ppo", "variants"},
+        {"config", "envs", "evaluate", "many_runs", "ppo", "variants"},
         ERRORS | {"run", "seeding"},
     ),
-    "table1": ({"numpy"}, {"config", "experiment", "plot", "presets", "variants"}, {"run", "statistics"}),
-    "ablations": (set(), {"config", "experiment", "plot", "presets", "variants"}, {"run", "statistics"}),
+    "table1": ({"numpy"}, EXPERIMENT, {"run", "statistics"}),
+    "ablations": (set(), EXPERIMENT, {"run", "statistics"}),
     "cli": (
         {"jsonargparse", "yaml"},
         {"compare", "config", "evaluate", "export", "plot", "policy", "ppo", "presets", "video"}

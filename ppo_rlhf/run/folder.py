@@ -181,11 +181,8 @@ class Run:
         accelerator: Accelerator,
         num_steps: int,
         started: float,
-        quiet: bool = False,
     ) -> None:
-        """Makes the folder, or takes up the run in it. started: time.monotonic() when the stage began. quiet: shows no
-        progress.
-        """
+        """Makes the folder, or takes up the run in it. started: time.monotonic() when the stage began."""
         self.folder = folder
         self.config = config
         self.accelerator = accelerator
@@ -205,7 +202,7 @@ class Run:
         accelerator.wait_for_everyone()
         if accelerator.log_with:
             accelerator.init_trackers(kind)
-        self.progress = StepProgress(kind, num_steps, enabled=accelerator.is_main_process, quiet=quiet)
+        self.progress = StepProgress(kind, num_steps, enabled=accelerator.is_main_process)
 
     def resume(self) -> LoopState | None:
         """Loads the last good checkpoint and forgets what was logged after it; None where there is none."""

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +39,13 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_grid(jobs: Sequence[Job], *, workers: int, title: str = "runs") -> None:
+def run_grid(
+    jobs: Sequence[Job], *, workers: int, title: str = "runs", told: Callable[[Path], str] | None = None
+) -> None:
     """Runs the jobs, `workers` at a time, one thread each; what is finished is not repeated, what was begun goes on.
 
-    A job that fails is told with its last line, and the others go on. Ctrl-C, SIGTERM and a closed terminal are passed
+    told: of a finished run's folder, what is said of it. A job that fails is told with its last line, and the others go
+    on. Ctrl-C, SIGTERM and a closed terminal are passed
     on as one SIGINT, by which a run saves its step; a second one kills.
 
     Raises UserError at the end where any failed, and Interrupted after a signal.
@@ -58,6 +61,8 @@ def run_grid(jobs: Sequence[Job], *, workers: int, title: str = "runs") -> None:
         for job, code in _ended(waiting, workers, stop):
             if code == 0:
                 done += 1
+                if told is not None:
+                    progress.tell(f"{job.name}: {told(job.folder)}")
                 progress.show(done, {})
             elif not stop.signal:
                 failed.append(job)

@@ -26,17 +26,16 @@ SHOWN = {
 class StepProgress:
     """Shows completed steps with their main metrics."""
 
-    def __init__(self, title: str, num_steps: int, *, enabled: bool, quiet: bool = False) -> None:
-        """Plain lines come about twenty times a run. quiet: shows no steps, and still tells."""
+    def __init__(self, title: str, num_steps: int, *, enabled: bool) -> None:
+        """Plain lines come about twenty times a run."""
         self.title = title
         self.num_steps = num_steps
         self.enabled = enabled
-        self.quiet = quiet
         self.every = max(1, num_steps // 20)
         self.latest: dict[str, float] = {}  # of metrics that not every step has
         self.console = Console(stderr=True, highlight=False)
         self.bar: Progress | None = None
-        if enabled and not quiet and self.console.is_terminal:
+        if enabled and self.console.is_terminal:
             self.bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -51,8 +50,6 @@ class StepProgress:
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
         """Tells of a completed step."""
-        if self.quiet:
-            return
         self.latest |= {name: metrics[name] for name in SHOWN if name in metrics}
         labelled = {label: self.latest[name] for name, label in SHOWN.items() if name in self.latest}
         shown = "  ".join(f"{label} {_short(value)}" for label, value in labelled.items())

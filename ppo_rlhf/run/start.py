@@ -38,8 +38,8 @@ class Start:
         """How it takes matrix products; `auto` where that is not chosen yet."""
         return matmul_precision_of(self.folder, self.config.matmul_precision, self.accelerator.device)
 
-    def run(self, *, num_steps: int, quiet: bool = False) -> Run:
-        """The run folder, made or taken up: what follows may write. quiet: shows no progress."""
+    def run(self, *, num_steps: int) -> Run:
+        """The run folder, made or taken up: what follows may write."""
         return Run(
             self.folder,
             self.config,
@@ -47,7 +47,6 @@ class Start:
             accelerator=self.accelerator,
             num_steps=num_steps,
             started=self.time,
-            quiet=quiet,
         )
 
 

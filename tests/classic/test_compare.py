@@ -2,60 +2,29 @@
 
 import dataclasses
 import json
-import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from command_cases import answer, in_tmp_path, refused
+from grid_cases import started
 
-from classic import compare as compare_module
 from classic.cli import main
-from classic.compare import Result, runs_of, table
-from classic.config import CompareConfig, TrainConfig
+from classic.compare import Result, runs_of
+from classic.config import CompareConfig
 from classic.presets import OWN_PRESETS, PRESETS
-from classic.settings import NetworkSettings
-from ppo_rlhf.settings import PPOSettings
 
-__all__ = ["in_tmp_path"]
+__all__ = ["in_tmp_path", "started"]
 
-TINY = TrainConfig(
-    num_envs=4,
-    horizon=16,
-    network=NetworkSettings(hidden_sizes=(8,)),
-    ppo=PPOSettings(num_epochs=1, num_minibatches=1),
-    log_with=(),
-)
 LINE = "compare CartPole-v1 --algorithms clip trpo --seeds 0 1 --num-steps 128 --eval-episodes 2"
 WORDS = LINE.split()
 
 
-@pytest.fixture
-def tiny(monkeypatch):
-    """Presets of a few dozen steps."""
-    monkeypatch.setattr(compare_module, "preset_for", lambda env_id, algorithm: TINY)
-
-
-@pytest.fixture
-def started(monkeypatch):
-    """The runs that train, in their order."""
-    seen = []
-    run = compare_module.run
-
-    def noted(config, **arguments):
-        if not Path(config.output_dir, "summary.json").exists():
-            seen.append((config.algorithm, config.seed))
-        return run(config, **arguments)
-
-    monkeypatch.setattr(compare_module, "run", noted)
-    return seen
-
-
 def test_runs_differ_in_environment_algorithm_and_seed_and_in_nothing_else():
     config = CompareConfig(env_ids=("CartPole-v1",), algorithms=("clip", "trpo"), seeds=(3, 5), num_steps=2048)
-    runs = runs_of(config)
+    runs = runs_of(config, Path("out")).values()
     assert [(run.algorithm, run.seed) for run in runs] == [("clip", 3), ("clip", 5), ("trpo", 3), ("trpo", 5)]
     assert all(run.ppo == PRESETS["CartPole-v1"].ppo and run.num_steps == 2048 for run in runs)
     assert all(run.eval_episodes == 100 for run in runs)
@@ -63,7 +32,7 @@ def test_runs_differ_in_environment_algorithm_and_seed_and_in_nothing_else():
 
 def test_an_algorithm_runs_with_its_own_preset_where_it_has_one():
     config = CompareConfig(env_ids=("Pendulum-v1", "Acrobot-v1"), algorithms=("clip", "trpo"), seeds=(7,))
-    pendulum, own, acrobot, likewise = runs_of(config)
+    pendulum, own, acrobot, likewise = runs_of(config, Path("out")).values()
     assert (pendulum.num_envs, pendulum.horizon) == (32, 64)
     assert own == dataclasses.replace(OWN_PRESETS["Pendulum-v1", "trpo"], seed=7, eval_episodes=100)
     assert likewise == dataclasses.replace(acrobot, algorithm="trpo")
@@ -77,78 +46,81 @@ def test_a_result_is_summed_up_over_its_seeds():
     assert (numbers["median"], numbers["min"], numbers["max"]) == (2, 1, 6)
 
 
-def test_one_seed_alone_has_no_interval():
-    result = Result("CartPole-v1", "clip", (7.0,))
-    assert result.numbers()["interval"] is None
-    assert "| clip | 49,152 | 1 | 7.0 | – | 7.0 | 7.0 to 7.0 |" in table(CompareConfig(("CartPole-v1",)), [result])
+def test_one_seed_alone_has_no_interval(started, capfd):
+    summary = answer(capfd, *WORDS[:5], "--seeds", "4", "--output-dir", "out")
+    assert [row["interval"] for row in summary["results"]] == [None, None]
+    assert "| clip | 49,152 | 1 | 50.0 | – | 50.0 | 50.0 to 50.0 |" in Path("out/comparison.md").read_text()
 
 
-def test_every_algorithm_runs_with_every_seed_and_the_table_and_the_curves_are_written(tiny, started, capfd):
+def test_every_algorithm_runs_with_every_seed_and_the_table_and_the_curves_are_written(started, capfd):
+    started.returns |= {"CartPole-v1/trpo/seed-0": 100.0, "CartPole-v1/trpo/seed-1": 200.0}
     summary = answer(capfd, *WORDS, "--output-dir", "out")
-    assert started == [("clip", 0), ("clip", 1), ("trpo", 0), ("trpo", 1)]
-    assert [(row["algorithm"], len(row["returns"])) for row in summary["results"]] == [("clip", 2), ("trpo", 2)]
-    final = json.loads(Path("out/CartPole-v1/trpo/seed-1/summary.json").read_text())["return_after"]
-    assert summary["results"][1]["returns"][1] == final
+    assert started.names == [f"CartPole-v1/{name}/seed-{seed}" for name in ("clip", "trpo") for seed in (0, 1)]
+    assert started.told == ["50.0", "50.0", "100.0", "200.0"]
+    assert [(row["algorithm"], row["returns"]) for row in summary["results"]] == [
+        ("clip", [50, 50]),
+        ("trpo", [100, 200]),
+    ]
     written = Path("out/comparison.md").read_text()
     assert "## CartPole-v1\n" in written
-    assert "| trpo | 128 | 2 |" in written
+    assert "| trpo | 1,024 | 2 | 150.0 |" in written
     assert "--seeds 0 1 --num-steps 128" in written
+    assert "torch 2.0.0, gymnasium 1.0.0, numpy 2.1.0\n" in written
     assert all(Path(f"out/comparison.{kind}").stat().st_size for kind in ("png", "svg", "csv"))
 
 
-def test_each_run_is_told_when_it_begins_and_with_its_outcome_and_shows_no_progress(tiny, capfd):
-    capfd.readouterr()
-    assert main([*WORDS, "--output-dir", "out"]) == 0
-    lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == 2 * 4
-    final = json.loads(Path("out/CartPole-v1/trpo/seed-0/summary.json").read_text())["return_after"]
-    assert lines[4] == "CartPole-v1 trpo seed 0 (3 of 4)"
-    assert re.fullmatch(rf"CartPole-v1 trpo seed 0: {final:.1f} in \d+\.\d s", lines[5])
+def test_the_runs_train_in_processes_of_their_own_and_each_outcome_is_told(capfd):
+    summary = answer(capfd, *WORDS[:2], "--algorithms", "trpo", *WORDS[5:7], *WORDS[8:], "--output-dir", "out")
+    run = Path("out/CartPole-v1/trpo/seed-0")
+    final = json.loads((run / "summary.json").read_text())["return_after"]
+    assert summary["results"][0]["returns"] == [final]
+    assert yaml.safe_load((run / "config.yaml").read_text())["algorithm"] == "trpo"
+    assert main([*WORDS[:2], "--resume", "--seeds", "0", "1", "--output-dir", "out"]) == 0
+    final = json.loads((run.with_name("seed-1") / "summary.json").read_text())["return_after"]
+    assert f"CartPole-v1/trpo/seed-1: {final:.1f}\n" in capfd.readouterr().err
 
 
-def test_what_a_run_says_beside_its_progress_is_told(tiny, monkeypatch, capfd):
-    run = compare_module.run
-
-    def noisy(config, **arguments):
-        print("something is odd", file=sys.stderr)
-        return run(config, **arguments)
-
-    monkeypatch.setattr(compare_module, "run", noisy)
-    assert main([*WORDS, "--output-dir", "out"]) == 0
-    assert capfd.readouterr().err.splitlines().count("something is odd") == 4
-
-
-def test_a_comparison_goes_on_by_its_folder_alone_and_repeats_no_finished_run(tiny, started, capfd):
+def test_a_comparison_goes_on_by_its_folder_alone_and_repeats_no_finished_run(started, capfd):
     assert main([*WORDS, "--output-dir", "out"]) == 0
     before = Path("out/comparison.md").read_text()
     shutil.rmtree("out/CartPole-v1/clip/seed-1")
-    started.clear()
+    started.names.clear()
     assert main(["compare", "--resume", "--output-dir", "out"]) == 0
-    assert started == [("clip", 1)]
+    assert started.names == ["CartPole-v1/clip/seed-1"]
     assert Path("out/comparison.md").read_text() == before
 
 
-def test_a_comparison_can_be_given_more_seeds(tiny, started, capfd):
+def test_a_comparison_of_before_goes_on_without_settings_that_it_lacks(started, capfd):
     assert main([*WORDS, "--output-dir", "out"]) == 0
-    started.clear()
+    saved = yaml.safe_load(Path("out/config.yaml").read_text())
+    Path("out/config.yaml").write_text(yaml.safe_dump({name: saved[name] for name in saved if name != "workers"}))
+    assert main(["compare", "--resume", "--output-dir", "out"]) == 0
+
+
+def test_a_comparison_can_be_given_more_seeds(started, capfd):
+    assert main([*WORDS, "--output-dir", "out"]) == 0
+    started.names.clear()
     more = ["--algorithms", "clip", "--seeds", "0", "1", "2"]
     summary = answer(capfd, "compare", "--resume", "--output-dir", "out", *more)
-    assert started == [("clip", 2)]
+    assert started.names == ["CartPole-v1/clip/seed-2"]
     assert len(summary["results"][0]["returns"]) == 3
 
 
-def test_a_folder_that_holds_a_comparison_is_not_used_again(tiny, capfd):
+@pytest.mark.parametrize("other", [["--num-steps", "64"], ["--num-steps", "256"], ["--eval-episodes", "3"]])
+def test_runs_that_trained_or_were_judged_otherwise_are_not_mixed(started, other, capfd):
+    assert main([*WORDS, "--output-dir", "out"]) == 0
+    before = Path("out/config.yaml").read_text()
+    assert other[1] in refused(capfd, "compare", "--resume", "--output-dir", "out", *other)
+    assert Path("out/config.yaml").read_text() == before
+
+
+def test_a_folder_that_holds_a_comparison_is_not_used_again(started, capfd):
     assert main([*WORDS, "--output-dir", "out"]) == 0
     assert "--resume" in refused(capfd, *WORDS, "--output-dir", "out")
 
 
-def test_a_comparison_is_interrupted_as_a_run_is(tiny, monkeypatch, capfd):
-    def interrupted(config, **arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(compare_module, "run", interrupted)
-    assert main(WORDS) == 130
-    assert "--resume" in capfd.readouterr().err.splitlines()[-1]
+def test_a_folder_that_cannot_be_made_is_named(capfd):
+    assert "/proc/nope" in refused(capfd, *WORDS, "--output-dir", "/proc/nope")
 
 
 @pytest.mark.parametrize(
@@ -164,6 +136,7 @@ def test_a_comparison_is_interrupted_as_a_run_is(tiny, monkeypatch, capfd):
         ("CartPole-v1 --eval-episodes 0", ["eval_episodes=0"]),
         ("CartPole-v1 --num-step 9", ["num_step", "num_steps"]),
         ("CartPole-v1 --device tpu", ["device", "tpu"]),
+        ("CartPole-v1 --workers 0", ["workers=0"]),
     ],
 )
 def test_a_mistake_is_named_in_one_line_and_leaves_nothing(words, named, capfd):

@@ -5,14 +5,13 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from command_cases import answer, in_tmp_path, refused
+from grid_cases import started
 
-from classic import experiment
 from classic.ablations import ABLATIONS, mean_evaluation
 from classic.cli import main
 from classic.config import ExperimentConfig, TrainConfig
@@ -21,9 +20,9 @@ from classic.presets import MUJOCO, PRESETS
 from classic.table1 import TABLE1, last_episodes, protocol
 from classic.variants import DETAILS, SURROGATES, changed
 from ppo_rlhf.errors import UserError
-from ppo_rlhf.run import is_finished, read_config
+from ppo_rlhf.run import read_config
 
-__all__ = ["in_tmp_path"]
+__all__ = ["in_tmp_path", "started"]
 
 # Schulman et al. (2017), table 1.
 PAPER = {
@@ -52,24 +51,6 @@ def write_metrics(folder, rows):
     (folder / "config.yaml").write_text("env_id: Some-v0\n")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
-
-
-@pytest.fixture
-def started(monkeypatch):
-    """`names` of the runs that train. They come to what `returns` says of them, 50 where it says nothing."""
-    noted = SimpleNamespace(names=[], returns={})
-
-    def fake_grid(jobs, **arguments):
-        for job in jobs:
-            if not is_finished(job.folder):
-                noted.names.append(job.name)
-                found = noted.returns.get(job.name, 50.0)
-                row = {"step": 1, "steps": 128, "episodes": 100.0, "episode/return": found, "eval/return": found}
-                (job.folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-                (job.folder / "summary.json").write_text("{}")
-
-    monkeypatch.setattr(experiment, "run_grid", fake_grid)
-    return noted
 
 
 @pytest.fixture
@@ -181,7 +162,8 @@ def test_the_untrained_policy_is_0_and_the_best_run_of_all_is_1():
 
 
 def test_where_nothing_was_learnt_there_is_no_scale():
-    with pytest.raises(UserError, match="no run on One-v0 did better than the untrained policy"):
+    told = "no run on One-v0 did better than the untrained policy: no scale. Leave it out, by --resume"
+    with pytest.raises(UserError, match=told):
         Results({"a": {"One-v0": [20.0, 19.0]}}, {"One-v0": 20.0}).scores("a")
 
 
@@ -220,6 +202,7 @@ def test_table1_tells_scores_intervals_and_the_paper_s(started, out, capfd):
     assert "| clipping, ε = 0.2 | 110.0 |" in written
     assert "| the untrained policy (score 0) | 20.0 |" in written
     assert f"    python -m classic {LINE}\n" in written
+    assert "torch 2.0.0, gymnasium 1.0.0, numpy 2.1.0\n" in written
     assert json.loads(Path(out, "table1.json").read_text()) == summary
     assert "clipping, ε = 0.2" in Path(out, "table1.svg").read_text()
     assert all(Path(out, f"learning_curves.{kind}").stat().st_size for kind in ("png", "svg", "csv"))
