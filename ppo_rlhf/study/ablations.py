@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from ppo_rlhf.document import Chart, Document, Section, Series, Table
 from ppo_rlhf.errors import UserError
-from ppo_rlhf.models import load_policy, save_value_head
+from ppo_rlhf.models import save_value_head
 from ppo_rlhf.records import record_of
 from ppo_rlhf.run.grid import Job, run_grid
 from ppo_rlhf.seeding import keyed_generator
@@ -133,6 +134,7 @@ def run(folder: Path, plan: Plan, *, workers: int) -> Results:
         )
     begin(folder, plan, may_change=["num_seeds"])
     run_grid(shared_jobs(folder, plan), workers=workers, title="supervised policies and reward models")
+    write_random_heads(folder, plan)
     run_grid(variant_jobs(folder, plan), workers=workers, title="variants")
     results = measured(folder, plan)
     write_findings(folder, results, document_of(results, plan))
@@ -150,8 +152,7 @@ def variant_jobs(folder: Path, plan: Plan) -> list[Job]:
     ours = {name.removeprefix("ppo."): value for name, value in plan.shared.items() if name.startswith("ppo.")}
     jobs = []
     for seed in range(plan.num_seeds):
-        shared = shared_folder(folder, seed)
-        head = write_random_head(shared, seed)
+        shared, head = shared_folder(folder, seed), str(random_head(folder, seed))
         for variant in plan.variants:
             changes = {
                 **ours,
@@ -171,18 +172,21 @@ def shared_folder(folder: Path, seed: int) -> Path:
     return folder / f"seed-{seed}" / "demo"
 
 
-def write_random_head(shared: Path, seed: int) -> str:
-    """A value head drawn as a reward model's, N(0, 1/√(d+1)), in a folder that `value_head` can name; → its path."""
-    folder = shared.with_name("random-head")
-    policy, _ = load_policy(str(shared / "sft" / "policy"), setting="policy")
-    head = nn.Linear(policy.config.hidden_size, 1)
-    generator = keyed_generator(seed, "value head")
-    with torch.no_grad():
-        head.weight.normal_(std=1 / math.sqrt(policy.config.hidden_size + 1), generator=generator)
-        head.bias.zero_()
-    folder.mkdir(exist_ok=True)
-    save_value_head(head, folder)
-    return str(folder)
+def random_head(folder: Path, seed: int) -> Path:
+    """The folder of a seed's random value head, which `value_head` can name."""
+    return folder / f"seed-{seed}" / "random-head"
+
+
+def write_random_heads(folder: Path, plan: Plan) -> None:
+    """A value head a seed, drawn as a reward model's is: N(0, 1/√(d+1))."""
+    for seed in range(plan.num_seeds):
+        width = AutoConfig.from_pretrained(shared_folder(folder, seed) / "sft" / "policy").hidden_size
+        head = nn.Linear(width, 1)
+        with torch.no_grad():
+            head.weight.normal_(std=1 / math.sqrt(width + 1), generator=keyed_generator(seed, "value head"))
+            head.bias.zero_()
+        random_head(folder, seed).mkdir(exist_ok=True)
+        save_value_head(head, random_head(folder, seed))
 
 
 def measured(folder: Path, plan: Plan) -> Results:
@@ -243,7 +247,6 @@ def document_of(results: Results, plan: Plan) -> Document:
         "percentile bootstrap intervals over the seeds.",
         f"Of the {len(changed)} intervals of the gold score's difference {len(clear)} leave out 0; one in twenty would "
         "where nothing differs, and with few seeds such intervals are too narrow.",
-        "Without a setting, and so not here: advantages that are not whitened over the rollout.",
     ]
     columns = ["detail", "change", "gold score", "difference", "KL, nats", "difference of KL"]
     chart = Chart(

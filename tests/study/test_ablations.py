@@ -1,6 +1,6 @@
 """The study of PPO's details: what is changed, seed by seed, and the whole of it in small."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import yaml
@@ -47,10 +47,10 @@ def test_every_change_is_a_setting_that_the_demo_has_otherwise():
     assert len({variant.folder for variant in VARIANTS}) == len(VARIANTS)
 
 
-def test_the_whole_study_in_small_shares_the_models_of_a_seed(tmp_path, in_process, capsys):
+def test_the_whole_study_in_small_shares_the_models_of_a_seed(tmp_path, in_process, capfd):
     command = ["study", "ablations", "--quick", "--num-seeds", "1", "--output-dir", "study", "--json"]
     assert cli.main(command) == 0
-    told = strict(capsys.readouterr().out.splitlines()[-1])
+    told = strict(capfd.readouterr().out.splitlines()[-1])
     seed = tmp_path / "study" / "seed-0"
     assert len(in_process) == 1 + 3
     assert [each["change"] for each in told["outcomes"]] == ["", "N(0, 1/√(d+1)), not 0", "1, not 2", "4, not 2"]
@@ -70,6 +70,17 @@ def test_the_whole_study_in_small_shares_the_models_of_a_seed(tmp_path, in_proce
 
     in_process.clear()
     resumed = ["study", "ablations", "--output-dir", "study", "--resume"]  # quick and one seed, as it was begun
+    run = seed / "ppo.num_epochs-1" / "config.yaml"
+    before = run.read_text()
+    run.write_text(before.replace("kl_coef: 0.15", "kl_coef: 0.2"))  # as though the demo's had changed since
+    assert "ppo.num_epochs-1 was started with kl_coef=0.2, not 0.15" in refusal(cli.main, resumed, capfd)
+    run.write_text(before)
+    run = seed / "demo" / "config.yaml"
+    before = run.read_text()
+    run.write_text(before.replace("batch_size: 32", "batch_size: 16"))
+    assert "demo was started with reward.batch_size=16, not 32" in refusal(cli.main, resumed, capfd)
+    run.write_text(before)
+    assert in_process == []
     assert cli.main(resumed) == 0
     assert in_process == []
     assert cli.main([*resumed, "--quick"]) == 0
@@ -129,13 +140,14 @@ def test_a_resumed_overoptimization_keeps_its_seed(monkeypatch, tmp_path, capfd)
         (["ablations", "--quick", "--output-dir", "begun", "--resume"], "begun was started with num_steps=7, not 1"),
         (["overoptimization", "--output-dir", "other", "--resume"], "other holds another run than this study's"),
         (["overoptimization", "--output-dir", "user.py/study"], "user.py is a file, not a folder"),
+        (["overoptimization", "--output-dir", "/proc/nope"], "/proc/nope cannot be written"),
     ],
 )
 def test_a_mistake_is_refused_before_anything_is_run(words, told, tmp_path, in_process, capfd):
     (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / "config.yaml").write_text("num_steps: 7\n")
+    (tmp_path / "begun" / "config.yaml").write_text(yaml.safe_dump(asdict(ablations.Plan(num_steps=7, details=[]))))
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.yaml").write_text("policy: gpt2\n")
+    (tmp_path / "other" / "config.yaml").write_text("seed: 0\n")  # of kl-estimators
     assert told in refusal(cli.main, ["study", *words], capfd)
     assert in_process == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["begun", "other", "user.py"]

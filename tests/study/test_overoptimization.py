@@ -15,6 +15,7 @@ from ppo_rlhf.study.overoptimization.curves import Curve, Fit, Point, best_of_n_
 from ppo_rlhf.study.overoptimization.page import (
     best_of_n_takes_less_kl,
     clear,
+    clear_of_peak,
     document_of,
     ensembles_lose_less,
     grows_with,
@@ -134,7 +135,8 @@ def test_a_run_s_curve_is_measured_from_its_first_evaluation(tmp_path):
 
 def test_gold_between_two_points_is_on_the_line_between_them():
     bent = curve([0.0, 1.0, 0.0], [0.0, 2.0, 1.0])  # it came back
-    assert [bent.gold_at(d) for d in (0.5, 1.5, 9.0)] == pytest.approx([0.0, 0.5, 1.0])
+    assert [bent.gold_at(d) for d in (0.5, 1.5, 2.0)] == pytest.approx([0.0, 0.5, 1.0])
+    assert bent.gold_at(2.1) is None
 
 
 def curves_of(weak, strong, *, kl=(), ensembles=()):
@@ -147,6 +149,16 @@ def test_a_difference_is_clear_from_two_standard_errors_of_a_difference_on():
     """Of 200 numbers of standard deviation 1 the mean has a variance of 1/200, of two means the difference 1/100."""
     assert clear(PLAN) == pytest.approx(2 * 0.1)
     assert clear(PLAN, "best of n") == pytest.approx(2 * 0.02**0.5)  # 100 prompts
+
+
+def test_the_best_of_many_equal_evaluations_seldom_lies_clearly_above_another():
+    """Five evaluations of a flat curve, which are independent of the start and of one another."""
+    least = clear_of_peak(curve(RISES), PLAN)
+    noise = np.random.default_rng(0).normal(scale=200**-0.5, size=(100_000, 6))
+    share = (noise[:, 1:].max(1) - noise[:, 0] > least).mean()
+    assert 0.01 < share < 0.025
+    assert (noise[:, 1:].max(1) - noise[:, 0] > clear(PLAN)).mean() > 0.05  # which two alone would call clear
+    assert clear_of_peak(curve(RISES, method="best of n"), PLAN) == pytest.approx(least * 2**0.5)
 
 
 def test_gold_turns_over_where_it_falls_by_every_proxy_by_which_it_rose_while_that_rises():
@@ -163,7 +175,7 @@ def test_gold_turns_over_where_it_falls_by_every_proxy_by_which_it_rose_while_th
     "golds",
     [
         [0, -0.3, -0.5, -1.0, -1.5, -2.0],
-        [0, 0.1, 0.19, 0.1, -0.5, -2.0],  # within the noise
+        [0, 0.1, 0.25, 0.1, -0.5, -2.0],  # within the noise of the highest of five
         [0, 0.0, 0.1, 0.0, 0.1, 0.1],
     ],
 )
@@ -241,6 +253,15 @@ def test_best_of_n_takes_less_kl_where_the_mean_gain_over_the_proxies_is_above_z
     found = best_of_n_takes_less_kl(curves, plan)
     assert found.holds is holds
     assert f"{sum(gains) / 4:.2f} [" in found.evidence
+
+
+def test_where_ppo_did_not_go_as_far_its_gold_is_not_known():
+    plan = Plan(sizes=("narrow",), label_counts=(100,))
+    near = [curve([0, 0.5], [0, 1.9]), curve([0, 0.5], [0, 2], method="best of n")]
+    found = best_of_n_takes_less_kl(near, plan)
+    assert (found.holds, found.evidence) == (None, "no run of PPO went as far as the best of 256")
+    ends = [curve([0, 0.5], [0, 1], target="narrow-400"), curve([0, 0.5], [0, 2], target="narrow-400", kl_coef=0.1)]
+    assert penalty_stops_early(ends, PLAN).evidence == "no run without a penalty went as far as those with one"
 
 
 def test_best_of_n_beside_ppo_cannot_be_told_by_one_proxy():

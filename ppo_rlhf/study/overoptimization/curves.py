@@ -52,8 +52,10 @@ class Curve:
         """As far as it was optimised."""
         return self.points[-1]
 
-    def gold_at(self, distance: float) -> float:
-        """Gold at a distance, on straight lines between the points."""
+    def gold_at(self, distance: float) -> float | None:
+        """Gold at a distance, on straight lines between the points; None beyond the farthest."""
+        if distance > max(each.distance for each in self.points):
+            return None
         points = sorted(self.points, key=lambda point: point.distance)
         return float(np.interp(distance, [each.distance for each in points], [each.gold for each in points]))
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean
+from statistics import NormalDist, fmean
 from typing import Literal
 
 from ppo_rlhf.document import Chart, Document, Section, Series, Table
@@ -48,7 +48,18 @@ def clear(plan: Plan, method: Method = "PPO") -> float:
 
     Scores have a standard deviation of about 1. The noise from one training run to the next is not in it.
     """
-    return 2 * math.sqrt(2 / (plan.num_best_of_prompts if method == "best of n" else plan.num_eval_prompts))
+    return 2 * math.sqrt(2 / _evaluated_on(plan, method))
+
+
+def clear_of_peak(curve: Curve, plan: Plan) -> float:
+    """What the best of a curve's k evaluations lies above another one by noise alone in at most 2.5 % of flat curves:
+    z(1 − 0.025/k)·√(2/N), Bonferroni's bound.
+    """
+    return NormalDist().inv_cdf(1 - 0.025 / (len(curve.points) - 1)) * math.sqrt(2 / _evaluated_on(plan, curve.method))
+
+
+def _evaluated_on(plan: Plan, method: Method) -> int:
+    return plan.num_best_of_prompts if method == "best of n" else plan.num_eval_prompts
 
 
 def turns_over(curves: Sequence[Curve], plan: Plan, method: Method) -> Claim:
@@ -56,10 +67,9 @@ def turns_over(curves: Sequence[Curve], plan: Plan, method: Method) -> Claim:
 
     Where gold never rose there is nothing to turn over; where it rose by no proxy that cannot be told.
     """
-    least = clear(plan, method)
     found = [curve_of(curves, target.name, method) for target in _single(plan)]
-    rose = [curve for curve in found if curve.peak.gold - curve.points[0].gold > least]
-    turned = [_turns(curve, least) for curve in rose]
+    rose = [curve for curve in found if curve.peak.gold - curve.points[0].gold > clear_of_peak(curve, plan)]
+    turned = [_turns(curve, plan) for curve in rose]
     spans = "; ".join(
         f"{curve.target}: {curve.peak.gold:+.2f} at d = {curve.peak.distance:.1f}, "
         f"{curve.end.gold:+.2f} at {curve.end.distance:.1f}"
@@ -73,9 +83,9 @@ def turns_over(curves: Sequence[Curve], plan: Plan, method: Method) -> Claim:
     )
 
 
-def _turns(curve: Curve, least: float) -> bool:
+def _turns(curve: Curve, plan: Plan) -> bool:
     peak, end = curve.peak, curve.end
-    return peak.gold - end.gold > least and end.proxy - peak.proxy > least
+    return peak.gold - end.gold > clear_of_peak(curve, plan) and end.proxy - peak.proxy > clear(plan, curve.method)
 
 
 def grows_with(curves: Sequence[Curve], plan: Plan, what: Literal["labels", "size"]) -> Claim:
@@ -105,14 +115,19 @@ def _grown(row: Sequence[float], least: float) -> bool | None:
 
 
 def best_of_n_takes_less_kl(curves: Sequence[Curve], plan: Plan) -> Claim:
-    """Whether, at the distance of the largest n, best of n has more gold than PPO, on average over the proxies."""
-    gains = []
+    """Whether, at the distance of the largest n, best of n has more gold than PPO, on average over the proxies towards
+    which PPO went as far.
+    """
+    text, gains = "For equal KL best of n gains more gold than PPO.", []
     for target in _single(plan):
         best = curve_of(curves, target.name, "best of n").end
-        gains.append(best.gold - curve_of(curves, target.name, "PPO").gold_at(best.distance))
+        other = curve_of(curves, target.name, "PPO").gold_at(best.distance)
+        gains += [] if other is None else [best.gold - other]
+    if not gains:
+        return Claim(text, None, f"no run of PPO went as far as the best of {plan.num_best_of}")
     mean = estimate([gains])
     return Claim(
-        "For equal KL best of n gains more gold than PPO.",
+        text,
         _between(mean, 0, math.inf),
         f"gold of the best of {plan.num_best_of}, less PPO's as far away: {mean} on average over {len(gains)} proxies, "
         f"from {min(gains):+.2f} to {max(gains):+.2f}",
@@ -121,17 +136,20 @@ def best_of_n_takes_less_kl(curves: Sequence[Curve], plan: Plan) -> Claim:
 
 def penalty_stops_early(curves: Sequence[Curve], plan: Plan) -> Claim:
     """Whether runs with a penalty end on the path of the run without one, on average over the proxies: no clear
-    difference lies in the interval.
+    difference lies in the interval. Runs that end farther than the one without are left out.
     """
+    text = "A KL penalty is worth what stopping early is: gold for equal KL is the same."
     by_proxy: dict[str, list[float]] = {}  # whose runs share a path, so that they count as one
     for curve in curves:
-        if curve.kl_coef:
-            gain = curve.end.gold - curve_of(curves, curve.target, "PPO").gold_at(curve.end.distance)
-            by_proxy.setdefault(curve.target, []).append(gain)
+        other = curve_of(curves, curve.target, "PPO").gold_at(curve.end.distance) if curve.kl_coef else None
+        if other is not None:
+            by_proxy.setdefault(curve.target, []).append(curve.end.gold - other)
     gains = [gain for found in by_proxy.values() for gain in found]
+    if not gains:
+        return Claim(text, None, "no run without a penalty went as far as those with one")
     mean = estimate([[fmean(found) for found in by_proxy.values()]])
     return Claim(
-        "A KL penalty is worth what stopping early is: gold for equal KL is the same.",
+        text,
         _between(mean, -clear(plan), clear(plan)),
         f"gold at the end of {len(gains)} runs with a penalty, less that of the run without one as far away: "
         f"{mean} on average over {len(by_proxy)} proxies, from {min(gains):+.2f} to {max(gains):+.2f}",
@@ -142,9 +160,12 @@ def ensembles_lose_less(curves: Sequence[Curve], plan: Plan) -> Claim:
     """Whether PPO against each ensemble ends with clearly more gold than against its first member alone."""
     alone = curve_of(curves, Target(plan.members[:1]).name, "PPO")
     ensembles = [curve_of(curves, target.name, "PPO") for target in plan.targets if target.rule]
-    shown = "; ".join(f"{each.target}: {each.peak.gold:+.2f}, {each.end.gold:+.2f}" for each in [alone, *ensembles])
+    shown = "; ".join(
+        f"{each.target}: {each.peak.gold:+.2f}, {each.end.gold:+.2f} at d = {each.end.distance:.1f}"
+        for each in [alone, *ensembles]
+    )
     return Claim(
-        "Ensembles put the loss of gold off: PPO ends with more gold than against one of their members.",
+        "PPO ends with more gold against an ensemble than against one of its members.",
         _all([_above_zero(each.end.gold - alone.end.gold, clear(plan)) for each in ensembles]),
         f"gold at its peak and at the end: {shown}",
     )
@@ -180,9 +201,10 @@ def document_of(results: Results, plan: Plan) -> Document:
         "d is √KL to the supervised policy, KL in nats a response. Scores are in standard deviations of the supervised "
         "policy's own, above its mean: it stands at 0.",
         f"A difference of gold is clear above {clear(plan):.2f} ({clear(plan, 'best of n'):.2f} by best of n): two "
-        "standard errors of a difference between two evaluations. Intervals are 95 % bootstrap intervals over the "
-        "proxies, which share their policy and labels. There is one seed a cell: noise from run to run may exceed that "
-        "of the evaluations, and another seed might turn a finding.",
+        "standard errors of a difference between two evaluations; that of a peak, the highest of many, above more. "
+        "Intervals are 95 % bootstrap intervals over the proxies, which share their policy and labels. There is one "
+        "seed a cell: noise from run to run may exceed that of the evaluations, and another seed might turn a "
+        "finding.",
     ]
     return Document(
         "Reward model overoptimisation",

@@ -12,12 +12,10 @@ from ppo_rlhf.pipeline import compare
 from ppo_rlhf.records import read_lines
 from ppo_rlhf.reward_settings import RewardPart, RewardSource
 from ppo_rlhf.run.grid import Job
-from ppo_rlhf.study.toy_runs import stage_job, write_rows
+from ppo_rlhf.study.toy_runs import demo_settings, stage_job, write_rows
 from ppo_rlhf.toy import prompts
 
 TRUNKS = {name: f"{__package__}.trunks:{name}" for name in ("narrow", "middle")} | {"wide": "ppo_rlhf.toy:policy"}
-HELD_OUT_FRACTION = 0.15  # of the prompts, as in the demo
-REWARD_BATCH = 32  # labels of a reward model's optimizer step, as in the demo
 LABELS_PER_PROMPT = 1.25  # `toy.annotate` has every fourth pair judged twice
 Rule = Literal["mean", "min", "lower_bound"]  # of an ensemble, see `rewards.Ensemble`
 RULES: tuple[Rule, ...] = get_args(Rule)
@@ -133,12 +131,9 @@ QUICK = Plan(
 
 
 def write_prompts(folder: Path, plan: Plan) -> None:
-    """prompts.jsonl, to learn from, and held_out.jsonl, to evaluate on."""
-    for name, rows in zip(
-        ("prompts", "held_out"),
-        held_out(prompts(), HELD_OUT_FRACTION, plan.seed, setting="HELD_OUT_FRACTION"),
-        strict=True,
-    ):
+    """prompts.jsonl, to learn from, and held_out.jsonl, to evaluate on, in the demo's shares."""
+    parts = held_out(prompts(), demo_settings()["ppo"]["eval_fraction"], plan.seed, setting="eval_fraction")
+    for name, rows in zip(("prompts", "held_out"), parts, strict=True):
         write_rows(folder / f"{name}.jsonl", rows)
 
 
@@ -169,6 +164,7 @@ def write_labels(folder: Path, plan: Plan) -> None:
 
 def reward_jobs(folder: Path, plan: Plan) -> list[Job]:
     """The proxies."""
+    batch_size = demo_settings()["reward"]["batch_size"]
     common: dict[str, Any] = {
         "eval_data": str(folder / "labels-held-out.jsonl"),
         "prompts": str(folder / "prompts.jsonl"),
@@ -183,7 +179,7 @@ def reward_jobs(folder: Path, plan: Plan) -> list[Job]:
                 "seed": proxy.seed,
                 "policy": str(folder / proxy.size / "sft" / "policy"),
                 "data": str(folder / f"labels-{proxy.num_labels}.jsonl"),
-                "num_epochs": plan.reward_steps * REWARD_BATCH / proxy.num_labels,
+                "num_epochs": plan.reward_steps * batch_size / proxy.num_labels,
             },
         )
         for proxy in dict.fromkeys([*plan.proxies, *plan.members])
