@@ -138,6 +138,18 @@ def test_runs_of_another_commit_are_not_resumed(rerun, folder, place, capfd):
     assert not (folder / "rerun.json").exists()
 
 
+def test_a_table_that_is_there_is_not_written_over(rerun, tmp_path, capfd):
+    (tmp_path / "rerun.json").write_text("[]")
+    told = refusal(rerun.main, ["--output-dir", tmp_path, "--only", "startup"], capfd)
+    assert "holds a table already" in told
+    assert (tmp_path / "rerun.json").read_text() == "[]"
+
+
+def test_a_folder_that_cannot_be_made_is_named(rerun, capfd):
+    told = refusal(rerun.main, ["--output-dir", "/proc/nope", "--only", "startup"], capfd)
+    assert "/proc/nope cannot be written" in told
+
+
 @pytest.mark.parametrize("words", [[], ["--resume"], ["--only", "startup"]])
 def test_a_file_is_no_folder_for_runs(rerun, tmp_path, words, capfd):
     (tmp_path / "file").write_text("")

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ppo_rlhf.errors import Interrupted, UserError
-from ppo_rlhf.run import checked_out_commit, is_finished, new_folder, strict_json, write_text
+from ppo_rlhf.run import checked_out_commit, is_finished, new_folder, strict_json, told_if_unwritable, write_text
 from ppo_rlhf.run.grid import Job, run_grid
 
 REFERENCE = Path(__file__).with_name("reference.json")
@@ -38,7 +38,7 @@ class Reference:
     """A result of the README that is quick to take again."""
 
     name: str
-    command: str  # of one run; {seed} stands for its seed
+    command: str  # of one run; {seed} stands for its seed; without seeds, what shows the same to a reader
     seeds: tuple[int, ...]  # a run each, a figure is the mean over them; none where the command leaves no run folder
     figures: Mapping[str, tuple[float, float]]  # dotted name in a run's summary.json → lowest and highest
     source: str  # of the intervals
@@ -142,9 +142,13 @@ def show(findings: Sequence[Finding]) -> None:
 
 
 def check_folder(folder: Path, jobs: Sequence[Job], *, resume: bool) -> None:
-    """Raises UserError for a file, runs that are not to be resumed, and runs of another commit than is checked out."""
+    """Raises UserError for a file, runs or a table that are not to be resumed, and runs of another commit than is
+    checked out.
+    """
     for each in (folder, *(job.folder for job in jobs)):
         new_folder(str(each), "rerun", resume=resume)
+    if (folder / "rerun.json").exists() and not resume:
+        raise UserError(f"{folder} holds a table already; go on with it by --resume, or give another --output-dir.")
     now = checked_out_commit()
     for path in sorted(path for job in jobs for path in job.folder.rglob("environment.json")):
         then = json.loads(path.read_text(encoding="utf-8"))["commit"]
@@ -169,6 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     jobs = [job for each in chosen for job in each.jobs(given.output_dir)]
     try:
         check_folder(given.output_dir, jobs, resume=given.resume)
+        with told_if_unwritable(given.output_dir):
+            given.output_dir.mkdir(parents=True, exist_ok=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -184,7 +190,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     print(f"{sum(each.ru_utime + each.ru_stime for each in used):.0f} CPU seconds in what ran now")
 
-    given.output_dir.mkdir(parents=True, exist_ok=True)
     rows = [{**asdict(each), "verdict": each.verdict} for each in findings]
     write_text(given.output_dir / "rerun.json", strict_json(rows, indent=1) + "\n")
     return 0 if all(each.verdict == "inside" for each in findings) else 1

@@ -4,7 +4,8 @@
     python examples/benchmarks/seeds.py pipeline --config examples/configs/rt_polarity/pipeline.yaml --seeds 0 1 2 \
         --output-dir runs/rt-seeds
 
-A seed whose folder holds a finished run is not run again.
+A seed whose folder holds a finished run is not run again. One that fails is left out of the table, and the exit code
+is 1.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def shown(number: float | None, digits: str) -> str:
 
 def change(outcome: dict[str, float | None], name: str, digits: str) -> str:
     """A number before and after PPO."""
-    return f"{shown(outcome[f'{name}_before'], digits)} → {shown(outcome[f'{name}_after'], digits)}"
+    return f"{shown(outcome.get(f'{name}_before'), digits)} → {shown(outcome.get(f'{name}_after'), digits)}"
 
 
 COLUMNS = {
@@ -32,7 +33,7 @@ COLUMNS = {
     "calibration error": lambda s: shown(s["reward"]["calibration_error"], ".3f"),
     "score": lambda s: change(s["ppo"], "score", ".2f"),
     "gold": lambda s: change(s["ppo"], "gold_score", ".2f"),
-    "gold std before": lambda s: shown(s["ppo"]["gold_score_std_before"], ".2f"),
+    "gold std before": lambda s: shown(s["ppo"].get("gold_score_std_before"), ".2f"),
     "KL, nats": lambda s: shown(s["ppo"]["kl"], ".1f"),
     "stop rate": lambda s: shown(s["ppo"]["stop_rate"], ".3f"),
     "length": lambda s: change(s["ppo"], "length", ".1f"),
@@ -42,7 +43,7 @@ COLUMNS = {
 }
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("demo", "pipeline"))
     parser.add_argument("--config", help="the pipeline's YAML file")
@@ -55,8 +56,9 @@ def main() -> None:
     for seed in arguments.seeds:
         folder = Path(arguments.output_dir) / f"seed-{seed}"
         options = ["--seed", str(seed), "--output-dir", str(folder), "--resume"]
-        subprocess.run([sys.executable, "-m", "ppo_rlhf", arguments.command, *config, *options], check=True)
-        summaries[seed] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        done = subprocess.run([sys.executable, "-m", "ppo_rlhf", arguments.command, *config, *options], check=False)
+        if done.returncode == 0:
+            summaries[seed] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
     print("| seed | " + " | ".join(COLUMNS) + " |")
     print("|---" * (len(COLUMNS) + 1) + "|")
@@ -64,7 +66,8 @@ def main() -> None:
         print(f"| {seed} | " + " | ".join(column(summary) for column in COLUMNS.values()) + " |")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(f"\npeak memory of a run: {peak:.2f} GiB")
+    return 0 if len(summaries) == len(arguments.seeds) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
