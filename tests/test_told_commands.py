@@ -45,7 +45,7 @@ SHORT = {
     "ppo": [*PPO, "--ppo.num_minibatches=1", "--ppo.num_epochs=1"],
     "label": ["--port=0", "--num_pairs=4"],
     "train": ["--num_steps=4096"],
-    "compare": ["--num_steps=40000", "--algorithms=clip", "--eval_episodes=1"],
+    "compare": ["--num_steps=8192", "--algorithms=clip", "--eval_episodes=1"],
 }
 CONTROL = ["python", "-m", "classic"]
 
