@@ -97,7 +97,8 @@ class TrainConfig:
     seed: int = 0
     """Everything random follows from it."""
     resume: bool = False
-    """Go on from the last checkpoint in output_dir; start where there is none."""
+    """Go on from the last checkpoint in output_dir; start where there is none. Bit for bit where the environment is in
+    torch; others begin new episodes."""
     algorithm: Algorithm = "clip"
     """clip: PPO-Clip; penalty: PPO-Penalty with adaptive β; trpo; fixed: a fixed β; none: no constraint at all."""
     num_steps: int = 100_000
