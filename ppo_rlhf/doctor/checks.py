@@ -57,7 +57,7 @@ CHECKS = (
         ("sft", "reward", *BOTH),
         "Any step skipped, or any metric that is null: a sound run has none.",
         "A loss, a reward, a log-ratio or a gradient was not finite: a learning rate too high, or a reward too large.",
-        "Read bad_samples.jsonl; lower optimizer.lr; bound the reward; in fp16 use bf16.",
+        "Read bad_samples.jsonl (of sft, reward and ppo); lower optimizer.lr; bound the reward; in fp16 use bf16.",
         looks.bad_numbers,
     ),
     Check(
