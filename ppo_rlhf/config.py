@@ -173,7 +173,7 @@ class MissingEOS:
     bootstrap: it is not scored, and what its last state is worth takes the place of what might have come (Pardo et al.,
     2018)."""
     value: float = -1.0
-    """The score to set, or what to subtract."""
+    """The score to set, or what to subtract, which must be 0 or more."""
 
     def __post_init__(self) -> None:
         require(math.isfinite(self.value), f"missing_eos.value={self.value} must be finite.")

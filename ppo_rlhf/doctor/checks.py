@@ -150,7 +150,8 @@ CHECKS = (
         PPO,
         "By 25 percentage points since before the run: far beyond the noise of a few hundred responses.",
         "Responses that are cut off are paid as well as others, or the stop token is not trained.",
-        "Set missing_eos (rule set or subtract); raise sampling.max_new_tokens if responses need more room.",
+        "Set missing_eos (rule set, or subtract with a value above 0); raise sampling.max_new_tokens if responses need "
+        "more room.",
         looks.stop_rate_falling,
     ),
     Check(
