@@ -126,8 +126,8 @@ class TrainConfig:
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision of the forward passes, through Accelerate."""
     compile: bool = False
-    """torch.compile the forward and loss of the update: faster once warm, after a minute's compiling. It takes the place
-    of ppo.compile; TRPO's update is not compiled."""
+    """torch.compile the forward and loss of the update: faster once warm, after a minute's compiling. It takes the
+    place of ppo.compile; TRPO's update is not compiled."""
     eval_every: int = 0
     """Environment steps between evaluations; 0: only at the end."""
     eval_episodes: int = 20

@@ -160,10 +160,10 @@ def test_a_number_that_is_not_finite_is_null_in_every_file_of_a_run(tmp_path, ac
 @pytest.mark.parametrize("kept", [True, False])
 def test_skipped_steps_are_told_with_their_samples_where_they_are_kept(kept, tmp_path, accelerator, capfd):
     """A control run keeps none."""
-    folder = tmp_path / "out"
-    with pytest.raises(UserError) as stopped, run_in(folder, accelerator, max_skips=1) as run:
+    with run_in(tmp_path / "out", accelerator, max_skips=1) as run:
         run.log_bad_samples([{"step": 1, "prompt": "é"}] if kept else [])
-        run.log(1, {"skipped_steps": 1, "optimizer_steps": 0})
+        with pytest.raises(UserError) as stopped:
+            run.log(1, {"skipped_steps": 1, "optimizer_steps": 0})
     for message in (capfd.readouterr().err, str(stopped.value)):
         assert "not finite" in message
         assert ("bad_samples.jsonl" in message) is kept
