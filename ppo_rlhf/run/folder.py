@@ -307,7 +307,10 @@ class Run:
         return {**json.loads(complete), "output_dir": str(self.folder)}
 
     def stop_if_asked(self, state: LoopState) -> None:
-        """The end of a step: after Ctrl-C or SIGTERM saves a checkpoint and raises Interrupted, in all processes."""
+        """The end of a step: after a signal saves a checkpoint and raises Interrupted, in all processes.
+
+        The command then exits with 128 + the signal's number.
+        """
         asked = self._stop.signal
         if self.accelerator.num_processes > 1:
             numbers = torch.tensor(asked, device=self.accelerator.device)
