@@ -312,7 +312,7 @@ def entry_point() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs a command. → 0, or 2 after one line on stderr for a user's mistake, or 130 when interrupted."""
+    """Runs a command. → its exit code, as `ppo_rlhf.arguments.run` says."""
     return run(COMMAND_LINE, _execute, argv)
 
 

@@ -97,7 +97,8 @@ class TrainConfig:
     seed: int = 0
     """Everything random follows from it."""
     resume: bool = False
-    """Go on from the last checkpoint in output_dir; start where there is none."""
+    """Go on from the last checkpoint in output_dir; start where there is none. Bit for bit where the environment is in
+    torch; others begin new episodes."""
     algorithm: Algorithm = "clip"
     """clip: PPO-Clip; penalty: PPO-Penalty with adaptive β; trpo; fixed: a fixed β; none: no constraint at all."""
     num_steps: int = 100_000
@@ -125,7 +126,8 @@ class TrainConfig:
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision of the forward passes, through Accelerate."""
     compile: bool = False
-    """torch.compile the forward and loss of the update: faster once warm, after a minute's compiling."""
+    """torch.compile the forward and loss of the update: faster once warm, after a minute's compiling. It takes the
+    place of ppo.compile; TRPO's update is not compiled."""
     eval_every: int = 0
     """Environment steps between evaluations; 0: only at the end."""
     eval_episodes: int = 20

@@ -60,8 +60,8 @@ class CommandLine:
 def run(line: CommandLine, execute: Callable[[str, Namespace], int | None], argv: Sequence[str]) -> int:
     """Executes a command by its name and arguments; without one shows the help.
 
-    → what `execute` returns, by default 0; 2 after one line on stderr for a user's mistake; 130 when interrupted, 143
-    when terminated.
+    → what `execute` returns, by default 0; 2 after one line on stderr for a user's mistake; 128 + the number of the
+    signal after which a run was saved (129 SIGHUP, 130 Ctrl-C, 143 SIGTERM); 130 when interrupted at once.
     """
     command = line.commands.get(_command_in(argv) or "", Command(""))
     _hear_interrupts()

@@ -173,7 +173,7 @@ class MissingEOS:
     bootstrap: it is not scored, and what its last state is worth takes the place of what might have come (Pardo et al.,
     2018)."""
     value: float = -1.0
-    """The score to set, or what to subtract."""
+    """The score to set, or what to subtract, which must be 0 or more."""
 
     def __post_init__(self) -> None:
         require(math.isfinite(self.value), f"missing_eos.value={self.value} must be finite.")
@@ -259,7 +259,8 @@ class PPOConfig(RunConfig):
     """Sample each rollout before the update on the one before it, and score it meanwhile: hides the time that a reward
     waits. Its policy is one update old then; log-probabilities and ratios are of the policy that sampled."""
     kl_coef: float = 0.05
-    """β of the KL penalty in the reward (Stiennon et al., 2020: 0.05), to start with where kl_target is given."""
+    """β of the KL penalty (Stiennon et al., 2020: 0.05, in the reward), also where kl_penalty has it in the loss; to
+    start with where kl_target is given."""
     kl_target: float | None = None
     """Nats per response at which β is adapted to hold the KL (Ziegler et al., 2019: 6); null: β is fixed."""
     kl_horizon: float = 10_000

@@ -92,19 +92,24 @@ def policy_without_weights(
     if is_reference(source):
         model, tokenizer = load_policy(source, setting=setting)
         return model.to(torch.device("meta")), tokenizer  # type: ignore[arg-type]
-    config = _load(AutoConfig, source, setting, trust_remote_code=trust_remote_code)
+    return _without_weights(AutoModelForCausalLM, source, setting, trust_remote_code=trust_remote_code)
+
+
+def classifier_without_weights(source: str, *, setting: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What `load_classifier` gives, on the meta device, with its tokenizer."""
+    return _without_weights(AutoModelForSequenceClassification, source, setting, num_labels=1)
+
+
+def _without_weights(
+    factory: Any, source: str, setting: str, *, trust_remote_code: bool = False, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """With room for a pad token that must be added."""
+    config = _load(AutoConfig, source, setting, trust_remote_code=trust_remote_code, **options)
     tokenizer = load_tokenizer(source, setting=setting, trust_remote_code=trust_remote_code)
     add_pad_token(tokenizer, setting=setting)
     config.vocab_size = max(config.vocab_size, len(tokenizer))
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), tokenizer
-
-
-def classifier_without_weights(source: str, *, setting: str) -> PreTrainedModel:
-    """What `load_classifier` gives, on the meta device."""
-    config = _load(AutoConfig, source, setting, num_labels=1)
-    with torch.device("meta"):
-        return AutoModelForSequenceClassification.from_config(config)
+        return factory.from_config(config, trust_remote_code=trust_remote_code), tokenizer
 
 
 def load_tokenizer(source: str, *, setting: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -69,9 +69,11 @@ class PPOSettings:
     max_grad_norm: float = 1.0
     """The gradient's norm over all parameters is clipped to this, once a step."""
     whiten_advantages: Literal["rollout", "minibatch", "none"] = "rollout"
-    """Over what advantages get mean 0 and variance 1; minibatch: Stable-Baselines3's way; none: not at all."""
+    """Over what advantages get mean 0 and variance 1. rollout: those of GAE alone; minibatch: any, Stable-Baselines3's
+    way; none: not at all."""
     compile: bool = False
-    """torch.compile the forward pass and the loss: quicker once warm, after up to a minute's compiling."""
+    """torch.compile the forward pass and the loss: quicker once warm, after up to a minute's compiling. Acts in one
+    process without a loss scaler, so not in fp16. Of a control run its own `compile` takes the place of this."""
 
     def __post_init__(self) -> None:
         for name in ("num_epochs", "num_minibatches"):

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppo_rlhf.config import PPOConfig
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.micro_batches import MicroBatch
-from ppo_rlhf.models import frozen_copy, right_padded, save_policy
+from ppo_rlhf.models import right_padded, save_policy
 from ppo_rlhf.optimizer import learning_rate, make_optimizer, set_learning_rate
 from ppo_rlhf.prompts import PromptBatch
 from ppo_rlhf.rewards import Scores
@@ -29,7 +29,7 @@ from ppo_rlhf.seeding import uniform_rows
 from ppo_rlhf.train.extensions import load_extensions
 from ppo_rlhf.train.inputs import policy_with_tokenizer
 from ppo_rlhf.train.ppo import evaluate_fitting, improve, next_kl_coef
-from ppo_rlhf.train.ppo_parts import policy_with_value, ready_policy
+from ppo_rlhf.train.ppo_parts import frozen_reference, policy_with_value, ready_policy
 from ppo_rlhf.train.ppo_records import rollout_metrics
 
 Texts = Sequence[str] | Sequence[Sequence[int]]  # or their token ids, which are taken as they are
@@ -53,17 +53,27 @@ class PPO:
     ) -> None:
         """policy with tokenizer, reference: objects that take the place of the configuration's names.
 
-        config: of it sampling, ppo, optimizer (over num_steps), lora and the KL penalty act; `seed` decides all that is
-        random. Nothing is written. Raises UserError for what cannot be loaded.
+        config: of it act policy and reference (where no objects are given) with chat_template and trust_remote_code,
+        lora, value_head; precision, gradient_checkpointing; sampling, sampler; score_shaping (but for normalize:
+        reference), missing_eos, reward_shaping, whiten_rewards, the KL penalty (a step is batch_size episodes to
+        kl_target); advantage with responses_per_prompt, gamma, gae_lambda; ppo; optimizer over num_steps, value_lr.
+        `seed` decides all that is random. Nothing is written. Raises UserError for what cannot be loaded.
         """
         if config.value_model != "shared":
             raise UserError("value_model=separate: a loop of your own has the value head on the policy's trunk.")
+        if config.score_shaping.normalize == "reference":
+            raise UserError(
+                "score_shaping.normalize=reference: a loop of your own has no held-out responses to normalise by; use "
+                "running, or none."
+            )
         self.config = config
         self.accelerator = make_accelerator(None, precision=config.precision, log_with=())
         set_seed(config.seed)
         policy, self.tokenizer = policy_with_tokenizer(config, policy, tokenizer, what="the policy to start from")
         ready_policy(policy, config, self.accelerator)
-        self.reference = frozen_copy(policy) if reference is None else reference.to(self.accelerator.device)
+        if reference is None:
+            reference = frozen_reference(config, policy, self.tokenizer)
+        self.reference = reference.to(self.accelerator.device)
         self.policy = policy_with_value(config, policy, None, self.accelerator)
         apart = self.policy.value_parameters()
         optimizer = make_optimizer(self.policy, config.optimizer, apart=apart, lr_apart=config.value_lr)

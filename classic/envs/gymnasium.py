@@ -1,6 +1,6 @@
 """Every environment of Gymnasium, and of whoever follows its interface, as a batch of tensors.
 
-With `classic.evaluate`, the only module that imports gymnasium.
+With `classic.video`, the only module that imports gymnasium.
 """
 
 from __future__ import annotations

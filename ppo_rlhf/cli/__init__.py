@@ -98,7 +98,7 @@ def entry_point() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs a command. → 0; 1 where the doctor found something; 2 after one line on stderr for a user's mistake; 130."""
+    """Runs a command. → 0; 1 where the doctor found something; else as `ppo_rlhf.arguments.run` says."""
     return run(COMMAND_LINE, _execute, argv)
 
 

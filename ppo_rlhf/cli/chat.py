@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -38,7 +39,11 @@ def add_chat(parser: ArgumentParser) -> None:
 
 
 def chat(given: Namespace) -> Outcome:
-    """Talks until the end of the input; → all turns for --json, which leaves the screen alone."""
+    """Talks until the end of the input; → all turns for --json, which leaves the screen alone.
+
+    Raises UserError for what is wrong with the command, and where --json is to measure and cannot: then it has printed
+    what was said, with the measures of the turns before.
+    """
     shown = [name for name in given.show.split(",") if name]
     for name in shown:
         if name not in MEASURES:
@@ -59,7 +64,16 @@ def chat(given: Namespace) -> Outcome:
     for name in shown:
         terminal.toggle(name)
     terminal.talk()
-    return ({"turns": [terminal.facts(turn) for turn in dialogue.turns]}, []) if given.json else ({}, [])
+    if not given.json:
+        return {}, []
+    turns = [{"said": turn.said, "answer": turn.answer, "finished": turn.finished} for turn in dialogue.turns]
+    try:
+        for told, turn in zip(turns, dialogue.turns, strict=True):
+            told.update(terminal.measures(turn))
+    except UserError:
+        print(json.dumps({"turns": turns}))  # what was said is not lost with what it is worth
+        raise
+    return {"turns": turns}, []
 
 
 class Terminal:
@@ -110,21 +124,22 @@ class Terminal:
 
     def measure(self) -> None:
         """The measures of the last answer that are wanted."""
-        if not self.dialogue.turns or not self.shown:
+        if self.quiet or not self.dialogue.turns or not self.shown:
             return
-        facts, count = self.facts(self.dialogue.turns[-1]), len(self.dialogue.turns[-1].answer_ids)
-        texts = [f"score {facts['score']:.3f}"] if "score" in facts else []
-        texts += [f"KL {facts['kl']:.2f} nats, {facts['kl'] / count:.3f} a token"] if "kl" in facts else []
+        last = self.dialogue.turns[-1]
+        found, count = self.measures(last), len(last.answer_ids)
+        texts = [f"score {found['score']:.3f}"] if "score" in found else []
+        texts += [f"KL {found['kl']:.2f} nats, {found['kl'] / count:.3f} a token"] if "kl" in found else []
         self.tell(f"[{', '.join(texts)}]")
 
-    def facts(self, turn: Turn) -> dict[str, Any]:
-        """A turn for --json."""
-        facts: dict[str, Any] = {"said": turn.said, "answer": turn.answer, "finished": turn.finished}
+    def measures(self, turn: Turn) -> dict[str, float]:
+        """What is shown of a turn by name. Raises UserError where it cannot be had."""
+        found = {}
         if "score" in self.shown:
-            facts["score"] = self.judge.score(turn)
+            found["score"] = self.judge.score(turn)
         if "kl" in self.shown:
-            facts["kl"] = self.judge.kl(turn)
-        return facts
+            found["kl"] = self.judge.kl(turn)
+        return found
 
     def tell(self, text: str, end: str = "\n") -> None:
         """Writes text that cannot move the cursor, whoever wrote it."""

@@ -57,7 +57,7 @@ CHECKS = (
         ("sft", "reward", *BOTH),
         "Any step skipped, or any metric that is null: a sound run has none.",
         "A loss, a reward, a log-ratio or a gradient was not finite: a learning rate too high, or a reward too large.",
-        "Read bad_samples.jsonl; lower optimizer.lr; bound the reward; in fp16 use bf16.",
+        "Read bad_samples.jsonl (of sft, reward and ppo); lower optimizer.lr; bound the reward; in fp16 use bf16.",
         looks.bad_numbers,
     ),
     Check(
@@ -150,7 +150,8 @@ CHECKS = (
         PPO,
         "By 25 percentage points since before the run: far beyond the noise of a few hundred responses.",
         "Responses that are cut off are paid as well as others, or the stop token is not trained.",
-        "Set missing_eos (rule set or subtract); raise sampling.max_new_tokens if responses need more room.",
+        "Set missing_eos (rule set, or subtract with a value above 0); raise sampling.max_new_tokens if responses need "
+        "more room.",
         looks.stop_rate_falling,
     ),
     Check(

@@ -194,8 +194,8 @@ def whitening_batch(record: Record) -> str | None:
     if record.stage == "classic":
         rows, unit = record.setting("num_envs", 1) * record.setting("horizon", 1), "steps"
     whitening = record.setting("ppo.whiten_advantages", "rollout")
-    if whitening == "none":
-        return None
+    if whitening == "none" or (whitening == "rollout" and record.setting("advantage", "gae") != "gae"):
+        return None  # over a rollout GAE's alone are whitened
     if whitening == "minibatch":
         rows, unit = rows // record.setting("ppo.num_minibatches", 1), f"{unit} of a minibatch"
     return f"advantages are whitened over {rows} {unit}" if rows < 8 else None

@@ -18,7 +18,7 @@ from ppo_rlhf.rewards.model import RewardModel
 def load_reward(source: RewardSource, *, setting: str, device: torch.device | str = "cpu") -> RewardFunction:
     """A reward from a reward model's folder, from `module:function`, from a URL, or of several parts.
 
-    Raises UserError when there is none.
+    On the meta device its models are without weights. Raises UserError when there is none.
     """
     if isinstance(source, str):
         return _load_one(source, {}, setting=setting, device=device)

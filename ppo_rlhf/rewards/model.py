@@ -18,6 +18,7 @@ from ppo_rlhf.data import prompt_and_response_ids
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.messages import Message
 from ppo_rlhf.models import (
+    classifier_without_weights,
     context_length,
     evaluating,
     load_classifier,
@@ -82,10 +83,13 @@ class RewardModel:
     def load(
         cls, source: str | Path, *, setting: str, device: torch.device | str = "cpu", **arguments: Any
     ) -> RewardModel:
-        """A saved reward model, or a language model with a new head; arguments: batch_size, chat_template.
+        """A saved reward model, or a language model with a new head; arguments: batch_size, chat_template. On the meta
+        device its weights are not read.
 
         Raises UserError when it cannot be loaded.
         """
+        if torch.device(device).type == "meta":
+            return cls(*classifier_without_weights(str(source), setting=setting), **arguments)
         classifier = load_classifier(str(source), setting=setting)
         tokenizer = load_tokenizer(str(source), setting=setting)
         classifier.to(torch.device(device))  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ class LoopState:
     step: int = 0  # steps completed
     kl_coef: float = 0.0  # the adapted coefficient of the next step
     before: dict[str, float] = field(default_factory=dict)  # the evaluation before the first step
-    after: dict[str, float] = field(default_factory=dict)  # the evaluation of the best model so far
+    after: dict[str, float] = field(default_factory=dict)  # the latest; in supervised stages of the model to keep
     best: float = -math.inf  # its quality, higher is better
     score_moments: tuple[float, float, float] = (0.0, 1.0, 0.0)  # by which scores are normalised: mean, variance, count
     tensors: dict[str, Tensor] = field(default_factory=dict)  # of environments, a rollout sampled ahead, averages

@@ -51,7 +51,8 @@ HOW_OFTEN = {
     "sampler",
 }
 HOW_LONG = {"num_steps", "num_epochs"}
-GROWING = ("metrics.jsonl", "samples.jsonl", "bad_samples.jsonl", "policy_pictures.jsonl")  # a step in each line
+BAD_SAMPLES = "bad_samples.jsonl"  # of the stages that learn from texts, where a step was skipped
+GROWING = ("metrics.jsonl", "samples.jsonl", BAD_SAMPLES, "policy_pictures.jsonl")  # a step in each line
 SAMPLES_KEPT = 8  # of each evaluation
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy", "gymnasium")
 
@@ -224,7 +225,8 @@ class Run:
         skipped = metrics.get("skipped_steps", 0) > 0 and not metrics.get("optimizer_steps", 0)
         self._skips = self._skips + 1 if skipped else 0
         if skipped:
-            self.progress.tell(f"step {step} was skipped: its loss or gradient is not finite; see bad_samples.jsonl.")
+            see = f"; see {BAD_SAMPLES}" if (self.folder / BAD_SAMPLES).exists() else ""
+            self.progress.tell(f"step {step} was skipped: its loss or gradient is not finite{see}.")
         if self._skips >= self.config.max_skips:
             raise UserError(self._stopped_by_skips(step))
 
@@ -232,9 +234,11 @@ class Run:
         first = step - self._skips + 1
         names = [path.name for path in checkpoints_in(self.folder / "checkpoints") if number_of(path) < first]
         way_on = f"{self.folder}/checkpoints/{names[-1]} is from before" if names else "no checkpoint is from before"
+        if (self.folder / BAD_SAMPLES).exists():
+            way_on = f"their samples are in {self.folder}/{BAD_SAMPLES}, {way_on}"
         return (
-            f"the {self._skips} updates up to step {step} were skipped, for numbers that are not finite: their samples "
-            f"are in {self.folder}/bad_samples.jsonl, {way_on}. Lower optimizer.lr, or bound the reward."
+            f"the {self._skips} updates up to step {step} were skipped, for numbers that are not finite: {way_on}. "
+            "Lower optimizer.lr, or bound the reward."
         )
 
     def log_held_out(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
@@ -251,7 +255,7 @@ class Run:
 
     def log_bad_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Lines of bad_samples.jsonl: what a skipped step was to learn from, each with its step."""
-        self._append("bad_samples.jsonl", rows)
+        self._append(BAD_SAMPLES, rows)
 
     def save_checkpoint(self, state: LoopState) -> None:
         """A checkpoint of all that was prepared by the accelerator, and the loop's state.
@@ -300,7 +304,10 @@ class Run:
         return {**json.loads(complete), "output_dir": str(self.folder)}
 
     def stop_if_asked(self, state: LoopState) -> None:
-        """The end of a step: after Ctrl-C or SIGTERM saves a checkpoint and raises Interrupted, in all processes."""
+        """The end of a step: after a signal saves a checkpoint and raises Interrupted, in all processes.
+
+        The command then exits with 128 + the signal's number.
+        """
         asked = self._stop.signal
         if self.accelerator.num_processes > 1:
             numbers = torch.tensor(asked, device=self.accelerator.device)

@@ -15,10 +15,8 @@ from ppo_rlhf.config import PPOConfig, RewardConfig, RunConfig, SFTConfig
 from ppo_rlhf.core.logits import HEAD_ROWS, KEPT_BYTES, SLICE_ELEMENTS
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.models import (
-    classifier_without_weights,
     context_length,
     disable_dropout,
-    load_tokenizer,
     policy_without_weights,
     takes_position_ids,
     use_fused_gelu,
@@ -26,8 +24,7 @@ from ppo_rlhf.models import (
 from ppo_rlhf.optimizer import optimizer_bytes
 from ppo_rlhf.packing import ROW_BUCKET, fused_width
 from ppo_rlhf.policy import PolicyWithValue
-from ppo_rlhf.references import is_reference
-from ppo_rlhf.rewards import RewardFunction, RewardModel, load_reward
+from ppo_rlhf.rewards import RewardFunction, RewardModel, load_reward, models_in
 from ppo_rlhf.sampling.decoding import cache_room
 from ppo_rlhf.settings import SamplingSettings
 from ppo_rlhf.train.inputs import named
@@ -105,13 +102,16 @@ def estimate_reward(config: RewardConfig) -> MemoryEstimate:
 
 
 def estimate_ppo(config: PPOConfig) -> MemoryEstimate:
-    """Of PPO, in one process. What a reward function of the user's own takes is not known."""
+    """Of PPO, in one process. What a reward function of the user's own takes is not known, a server's is elsewhere."""
     policy, tokenizer = _policy(config, "the supervised policy to start from")
     reference = policy
     if config.reference is not None:
         reference, _ = policy_without_weights(config.reference, setting="reference")
-    reward = _reward(named(config.reward, "reward", "a reward model's folder, or module:function"), "reward")
-    gold = None if config.gold is None else _reward(config.gold, "gold")
+    source = named(config.reward, "reward", "a reward model's folder, or module:function")
+    reward = load_reward(source, setting="reward", device="meta")
+    frozen = {"reference": reference} | _networks(reward, "reward model")
+    if config.gold is not None:
+        frozen |= _networks(load_reward(config.gold, setting="gold", device="meta"), "gold")
     prompts, eval_prompts = load_prompts(
         config, tokenizer, None, context_length(policy) - config.sampling.max_new_tokens
     )
@@ -119,9 +119,6 @@ def estimate_ppo(config: PPOConfig) -> MemoryEstimate:
     model = PolicyWithValue(policy, value_model=value_model)
     disable_dropout(model)
 
-    frozen = {"reference": reference} | {
-        name: each.network for name, each in (("reward model", reward), ("gold", gold)) if isinstance(each, RewardModel)
-    }
     halved = 2 if config.frozen_precision == "bf16" else 1
     parts = {"policy": weight_bytes(model) - (0 if value_model is None else weight_bytes(value_model))}
     parts |= {} if value_model is None else {"value model": weight_bytes(value_model)}
@@ -149,10 +146,10 @@ def _policy(config: SFTConfig | RewardConfig | PPOConfig, what: str) -> tuple[Pr
     return policy_without_weights(source, setting="policy", trust_remote_code=config.trust_remote_code)
 
 
-def _reward(source: str, setting: str) -> RewardFunction:
-    if is_reference(source):
-        return load_reward(source, setting=setting)
-    return RewardModel(classifier_without_weights(source, setting=setting), load_tokenizer(source, setting=setting))
+def _networks(reward: RewardFunction, name: str) -> dict[str, nn.Module]:
+    """Of the reward models in a reward, numbered in the order of its parts where there are several."""
+    models = models_in(reward)
+    return {name if len(models) == 1 else f"{name} {i}": each.network for i, each in enumerate(models, start=1)}
 
 
 def weight_bytes(module: nn.Module) -> int:

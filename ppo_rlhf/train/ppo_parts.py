@@ -102,11 +102,7 @@ def load_parts(
     ready_policy(policy, config, accelerator)
     loaded: list[nn.Module] = []  # frozen models that nobody else holds
     if reference is None:
-        start = policy
-        if config.reference is not None:
-            trusted = config.trust_remote_code
-            start = load_reference(config.reference, tokenizer, setting="reference", trust_remote_code=trusted)
-        reference = frozen_copy(start)
+        reference = frozen_reference(config, policy, tokenizer)
         loaded.append(reference)
     if reward is None:
         source = named(config.reward, "reward", "a reward model's folder, or module:function")
@@ -139,6 +135,15 @@ def load_parts(
         texts=texts,
         extensions=extensions or load_extensions(config),
     )
+
+
+def frozen_reference(config: PPOConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """What KL is measured to: the model that the configuration names, else the policy as it is now."""
+    start = policy
+    if config.reference is not None:
+        trusted = config.trust_remote_code
+        start = load_reference(config.reference, tokenizer, setting="reference", trust_remote_code=trusted)
+    return frozen_copy(start)
 
 
 def ready_policy(policy: PreTrainedModel, config: PPOConfig, accelerator: Accelerator) -> None:

@@ -188,6 +188,14 @@ def test_whitening_over_a_handful_is_found(models):
     assert "whitening batch too small" not in run(models, batch_size=2, ppo=raw)
 
 
+def test_advantages_against_the_group_are_whitened_over_minibatches_alone(models):
+    groups = {"advantage": "rloo", "responses_per_prompt": 2, "batch_size": 4, "num_steps": 1}
+    assert "whitening batch too small" not in run(models, **groups)
+    shutil.rmtree("run")
+    minibatches = PPOSettings(whiten_advantages="minibatch")
+    assert "4 responses of a minibatch" in run(models, **groups, ppo=minibatches)["whitening batch too small"]
+
+
 def with_another_vocabulary(reward_model, target):
     """The reward model beside a tokenizer of the same size whose ids mean other tokens."""
     shutil.copytree(reward_model, target)

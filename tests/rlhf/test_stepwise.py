@@ -7,6 +7,7 @@ from tiny_runs import STOPS, data, in_tmp_path, metrics_of, models, weights_of
 from ppo_rlhf.config import MissingEOS, PPOConfig
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.models import load_policy
+from ppo_rlhf.reward_settings import ScoreShaping
 from ppo_rlhf.settings import LoRASettings, OptimizerSettings, PPOSettings, SamplingSettings
 from ppo_rlhf.stepwise import PPO
 from ppo_rlhf.train import ppo
@@ -93,6 +94,19 @@ def test_counts_that_do_not_fit_are_named(scores, models):
 def test_a_value_model_of_its_own_is_refused(models):
     with pytest.raises(UserError, match="value_model=separate"):
         PPO(config_of(models, value_model="separate"))
+
+
+def test_scores_are_not_normalised_by_held_out_responses_that_nobody_sampled(models):
+    with pytest.raises(UserError, match=r"score_shaping\.normalize=reference: .* use running"):
+        PPO(config_of(models, score_shaping=ScoreShaping(normalize="reference")))
+
+
+def test_kl_is_measured_to_the_reference_that_the_configuration_names(models):
+    own, other = PPO(config_of(models, reference=models["gpt2"])), PPO(config_of(models, policy=models["gpt2"]))
+    responses = own.generate(QUERIES)
+    one, judged = own.evaluate(QUERIES, responses), other.evaluate(QUERIES, responses)
+    assert torch.equal(one.ref_logprobs, judged.logprobs)
+    assert not torch.equal(one.ref_logprobs, one.logprobs)
 
 
 # ------------------------------------------------------------------------------------------------------ value heads

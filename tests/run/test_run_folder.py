@@ -136,8 +136,8 @@ def test_a_configuration_is_read_as_it_was_written(tmp_path):
     assert read_config(tmp_path / "nowhere") is None
 
 
-def run_in(folder, accelerator):
-    config = SFTConfig(output_dir=str(folder), log_with=())
+def run_in(folder, accelerator, **changes):
+    config = SFTConfig(output_dir=str(folder), log_with=(), **changes)
     return Run(folder, config, kind="sft", accelerator=accelerator, num_steps=9, started=0.0)
 
 
@@ -155,6 +155,18 @@ def test_a_number_that_is_not_finite_is_null_in_every_file_of_a_run(tmp_path, ac
     written = tiny_runs.strict((tmp_path / "out" / "summary.json").read_text())
     assert written == {"loss_after": None, "loss_before": 3.0, "seconds": written["seconds"]}
     assert summary == written | {"output_dir": str(tmp_path / "out")}
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_skipped_steps_are_told_with_their_samples_where_they_are_kept(kept, tmp_path, accelerator, capfd):
+    """A control run keeps none."""
+    with run_in(tmp_path / "out", accelerator, max_skips=1) as run:
+        run.log_bad_samples([{"step": 1, "prompt": "é"}] if kept else [])
+        with pytest.raises(UserError) as stopped:
+            run.log(1, {"skipped_steps": 1, "optimizer_steps": 0})
+    for message in (capfd.readouterr().err, str(stopped.value)):
+        assert "not finite" in message
+        assert ("bad_samples.jsonl" in message) is kept
 
 
 class Tracker:

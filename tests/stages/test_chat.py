@@ -239,6 +239,20 @@ def test_json_is_one_object_with_all_turns_and_nothing_else(run, talk):
         assert turn.keys() == {"said", "answer", "finished", "score", "kl"}
 
 
+def test_what_was_said_is_printed_also_where_a_reward_fails(run, talk):
+    Path("choosy.py").write_text(
+        "def choosy(prompts, responses, **columns):\n"
+        "    if 'blue' in prompts[0]:\n        raise ValueError('too blue')\n    return [1.0]\n"
+    )
+    words = ["--json", "--show", "score", "--single-turn", "--reward", "choosy.py:choosy"]
+    code, out, err = talk(run, *words, lines=["red fish", "blue", "old"])
+    assert code == 2
+    assert err == "error: reward function choosy raised ValueError: too blue\n"
+    turns = tiny_runs.strict(out)["turns"]
+    assert [(turn["said"], turn.get("score")) for turn in turns] == [("red fish", 1.0), ("blue", None), ("old", None)]
+    assert all(turn["answer"] for turn in turns)
+
+
 def test_the_same_seed_gives_the_same_answers(run, talk):
     one, same, other = (talk(run, "--json", "--seed", seed, lines=["red fish", "blue"])[1] for seed in "001")
     assert one == same != other

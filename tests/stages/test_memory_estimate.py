@@ -21,6 +21,8 @@ from ppo_rlhf.core import Experience
 from ppo_rlhf.models import load_policy
 from ppo_rlhf.optimizer import make_optimizer
 from ppo_rlhf.packing import Packing, last_hidden_states
+from ppo_rlhf.reward_settings import RewardPart
+from ppo_rlhf.rewards import RewardModel
 from ppo_rlhf.run import make_accelerator
 from ppo_rlhf.sampling import sample
 from ppo_rlhf.settings import PPOSettings, SamplingSettings
@@ -66,6 +68,25 @@ def test_weights_gradients_and_optimizer_are_told_to_the_byte(policy, value_mode
         assert told["reward model"] == bytes_of(parts.reward.network.parameters())
     assert told["optimizer"] == bytes_of(states)
     assert estimate.phases["update"]["gradients"] == bytes_of(p.grad for p in parts.model.parameters())
+
+
+def test_every_model_of_a_reward_of_parts_is_told_and_neither_functions_nor_servers_are(models, data):
+    reward = (
+        RewardPart((models["gpt2"], models["llama"]), name="quality", ensemble="min"),
+        RewardPart("user.py:length"),
+        RewardPart("http://localhost:9/score", name="server"),
+        RewardPart(models["pad_is_eos"]),
+    )
+    told = estimate_ppo(ppo_config(models, data, reward=reward)).parts
+    assert list(told) == ["policy", "reference", "reward model 1", "reward model 2", "reward model 3", "optimizer"]
+    for name, folder in zip(list(told)[2:5], ("gpt2", "llama", "pad_is_eos"), strict=True):
+        loaded = RewardModel.load(models[folder], setting="reward")
+        assert told[name] == bytes_of([*loaded.network.parameters(), *loaded.network.buffers()])
+
+
+def test_a_server_as_reward_is_not_looked_for_in_a_folder(models, data):
+    told = estimate_ppo(ppo_config(models, data, reward="http://localhost:9/score")).parts
+    assert list(told) == ["policy", "reference", "optimizer"]
 
 
 def test_models_that_are_frozen_in_bf16_take_half(models, data):
