@@ -76,7 +76,7 @@ def estimate_sft(config: SFTConfig) -> MemoryEstimate:
     update = _gradients(policy) | _activations([policy.base_model], num_rows, max(examples.lengths), config)
     return MemoryEstimate(
         {"policy": weight_bytes(policy), "optimizer": optimizer_bytes(policy, config.optimizer)},
-        {"update": update | _whole_logits(num_learnt, policy)},
+        {"update": update | _sliced_logits(num_learnt, policy)},
     )
 
 

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import tiny_runs
 import torch
-from tiny_runs import STOPS
+from tiny_runs import STOPS, write_rows
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ppo_rlhf import packing
 from ppo_rlhf.cli import main
-from ppo_rlhf.config import PPOConfig
+from ppo_rlhf.config import PPOConfig, SFTConfig
 from ppo_rlhf.core import Experience
-from ppo_rlhf.models import load_policy
+from ppo_rlhf.models import load_policy, use_quick_kernels
 from ppo_rlhf.optimizer import make_optimizer
 from ppo_rlhf.packing import Packing, last_hidden_states
 from ppo_rlhf.reward_settings import RewardPart
@@ -26,8 +26,9 @@ from ppo_rlhf.rewards import RewardModel
 from ppo_rlhf.run import make_accelerator
 from ppo_rlhf.sampling import sample
 from ppo_rlhf.settings import PPOSettings, SamplingSettings
-from ppo_rlhf.train.memory_estimate import activation_bytes, estimate_ppo
+from ppo_rlhf.train.memory_estimate import activation_bytes, estimate_ppo, estimate_sft
 from ppo_rlhf.train.ppo_parts import load_parts
+from ppo_rlhf.train.sft import CompletionModule, completion_logprobs, load_examples
 from ppo_rlhf.update import ppo_update
 
 
@@ -169,6 +170,28 @@ def test_an_update_takes_what_was_told(value_model, gradient_checkpointing, wide
     update()  # makes the optimizer's moments
     told = sum(estimate_ppo(config).phases["update"].values())
     assert most_allocated(update) == pytest.approx(told, rel=0.2)
+
+
+def test_a_supervised_update_takes_what_was_told(tmp_path):
+    """Its 6,400 × 12,000 logits would take 300 MB: they never are there at once."""
+    tokens = tiny_runs.tokenizer()
+    shape = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256, "vocab_size": 12_000}
+    model = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, **shape))
+    folder = tiny_runs.save(tmp_path / "long", model, tokens)
+    write_rows(tmp_path / "texts.jsonl", [{"text": tokens.decode([5] * 199)} for _ in range(40)])
+    config = SFTConfig(policy=folder, data=str(tmp_path / "texts.jsonl"), batch_size=32, eval_fraction=0.2)
+    policy, tokenizer = load_policy(folder, setting="policy")
+    examples, _ = load_examples(config, None, tokenizer, 256)
+    module = CompletionModule(use_quick_kernels(policy))
+
+    def update():
+        module.zero_grad()
+        logprobs, _ = completion_logprobs(module, examples[:32], torch.device("cpu"))
+        (-logprobs).mean().backward()
+
+    estimate = estimate_sft(config)
+    assert sum(examples.lengths[:32]) > 6_000
+    assert most_allocated(update) == pytest.approx(sum(estimate.phases["update"].values()), rel=0.2)
 
 
 def test_sampling_takes_what_was_told(wider, data):
