@@ -420,6 +420,43 @@ def test_a_penalty_holds_the_policy_back_and_nothing_else_does(watched):
     assert moved["clip"] < moved["none"]
 
 
+# --- numbers that are not finite --------------------------------------------------------------------------------------
+
+
+class PaidNaN(cases.Guess):
+    """Pays NaN in the fourth step of its second episode, and once only."""
+
+    episodes = 0
+
+    def reset(self, **options):
+        self.episodes += 1
+        return super().reset(**options)
+
+    def _reward(self, action):
+        return float("nan") if (self.episodes, self.count) == (2, 3) else super()._reward(action)
+
+
+@pytest.mark.parametrize("algorithm", ["clip", "penalty", "trpo"])
+def test_a_reward_that_is_no_number_costs_its_own_update_alone(algorithm):
+    config = cases.config_of(algorithm=algorithm, normalize_rewards=True, horizon=12)
+    told = []
+    policy = train(PaidNaN, num_steps=5 * 48, config=config, callbacks=[lambda _, metrics: told.append(metrics)])
+    # Episodes of 16 steps and one for the reset: the 21st is paid with NaN, the 33rd ends its episode.
+    assert [metrics["optimizer_steps"] == 0 for metrics in told] == [False, True, False, False, False]
+    assert [metrics["skipped_steps"] > 0 for metrics in told] == [False, True, False, False, False]
+    assert [np.isnan(metrics.get("episode/return", 0)) for metrics in told] == [False, False, True, False, False]
+    assert [metrics["episodes"] for metrics in told] == [0, 4, 4, 0, 4]
+    assert all(x.isfinite().all() for x in policy.state_dict().values())
+
+
+@pytest.mark.parametrize("algorithm", ["clip", "penalty", "trpo"])
+def test_a_run_whose_rewards_are_no_numbers_ends(algorithm, tmp_path, monkeypatch):
+    monkeypatch.setattr(cases.Guess, "_reward", lambda self, action: float("nan"))
+    config = cases.config_of(algorithm=algorithm, max_skips=2, output_dir=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="the 2 updates up to step 2 were skipped"):
+        run(config, env=cases.Guess)
+
+
 # --- schedules and settings ------------------------------------------------------------------------------------------
 
 
