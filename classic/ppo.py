@@ -208,11 +208,14 @@ def update(learner: Learner, experience: Experience, state: LoopState) -> tuple[
     if config.algorithm != "penalty":
         return statistics, state.kl_coef
     kl = measured_kl(policy, rows, settings, accelerator=learner.accelerator, kl_divergence=policy.distribution.kl)
+    statistics["policy/kl"] = kl
+    if not statistics["optimizer_steps"]:  # a KL of 0 says nothing of β
+        return statistics, state.kl_coef
     rule = config.penalty
     kl_coef = adapt_kl_coef_ppo_penalty(
         state.kl_coef, kl, target=rule.kl_target, minimum=rule.minimum, maximum=rule.maximum
     )
-    return {**statistics, "policy/kl": kl}, kl_coef
+    return statistics, kl_coef
 
 
 def penalizes(config: TrainConfig) -> bool:

@@ -393,6 +393,14 @@ def test_the_coefficient_follows_the_paper_s_rule_once_an_update(env, regime, ne
     assert watched["adapted"] == 3
 
 
+def test_the_coefficient_stays_where_the_update_was_skipped(monkeypatch):
+    monkeypatch.setattr(cases.Guess, "_reward", lambda self, action: float("nan"))
+    learner = cases.make_learner(cases.Guess, algorithm="penalty")
+    state, told = improve(learner, LoopState(kl_coef=1.0))
+    assert told["policy/kl"] == pytest.approx(0, abs=1e-7)  # of a policy that nothing moved
+    assert state.kl_coef == 1
+
+
 def test_the_coefficient_stays_within_its_bounds():
     for target, expected in ((1e9, 0.3), (1e-9, 2.5)):
         rule = PenaltySettings(kl_target=target, minimum=0.3, maximum=2.5)
