@@ -168,6 +168,7 @@ class TrainConfig:
         rows, of = self.num_envs * self.horizon, f"num_envs × horizon = {self.num_envs * self.horizon} steps"
         if self.network.recurrent != "none":
             rows, of = self.num_envs, f"{self.num_envs} environments (whole ones, for a recurrent policy)"
+        require(not self.ppo.compile, "ppo.compile=True: a control run has a setting of its own for it; use compile.")
         name, minibatches = "ppo.num_minibatches", self.ppo.num_minibatches
         if self.algorithm == "trpo":
             name, minibatches = "trust_region.value_minibatches", self.trust_region.value_minibatches
