@@ -136,7 +136,7 @@ CONTROL_RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
     "ppo": (
         {"torch", "accelerate"},
         PLAYING | {"config", "evaluate", "pictures", "presets", "rollout", "trpo"},
-        LIGHT | {"core", "optimizer", "run", "seeding", "update"},
+        LIGHT | {"core", "micro_batches", "optimizer", "run", "seeding", "update"},
     ),
     "video": ({"gymnasium"}, PLAYING | {"config", "evaluate"}, ERRORS | {"seeding"}),
     "export": ({"torch"}, {"policy", "spaces"}, ERRORS),

@@ -19,6 +19,7 @@ import classic.ppo
 from classic import load, train
 from classic.config import PenaltySettings, TrainConfig
 from classic.evaluate import Evaluator, Outcome
+from classic.policy import Policy
 from classic.ppo import device_of, improve, run
 from ppo_rlhf.core import whiten
 from ppo_rlhf.errors import UserError
@@ -528,6 +529,20 @@ def test_micro_batches_change_nothing_but_memory(network):
         outcomes.append(history_of("CartPole-v1", changes, num_steps=ROLLOUT)[0])
     for one, other in zip(*(outcome.values() for outcome in outcomes), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-4)
+
+
+def test_memory_that_runs_out_does_so_once_in_a_run(monkeypatch):
+    forward = Policy.forward
+
+    def little_memory(self, **inputs):
+        if len(inputs["actions"]) > 20:
+            raise MemoryError
+        return forward(self, **inputs)
+
+    monkeypatch.setattr(Policy, "forward", little_memory)
+    with pytest.warns(UserWarning, match="ppo.micro_batch_size is 16 from now on") as told:
+        history_of("CartPole-v1", {"algorithm": "penalty"}, num_steps=3 * ROLLOUT)
+    assert len(told) == 1
 
 
 @pytest.mark.parametrize("algorithm", ["clip", "penalty", "trpo"])
