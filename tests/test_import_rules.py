@@ -140,7 +140,7 @@ CONTROL_RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
     ),
     "video": ({"gymnasium"}, PLAYING | {"config", "evaluate"}, ERRORS | {"seeding"}),
     "export": ({"torch"}, {"policy", "spaces"}, ERRORS),
-    "plot": ({"matplotlib", "numpy", "scipy"}, set(), LIGHT | {"run", "statistics"}),
+    "plot": ({"matplotlib", "numpy"}, set(), LIGHT | {"run", "statistics"}),
     "compare": ({"numpy"}, {"config", "envs", "plot", "ppo", "presets"}, ERRORS | {"run"}),
     "experiment": (
         {"numpy"},
