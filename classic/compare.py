@@ -12,9 +12,10 @@ import numpy as np
 
 from classic.config import CompareConfig, TrainConfig
 from classic.many_runs import folder_of, refuse_runs, train_all, versions
-from classic.plot import mean_and_interval, plot
+from classic.plot import plot
 from classic.presets import preset_for
 from ppo_rlhf.run import new_folder, write_text
+from ppo_rlhf.statistics import mean_and_interval
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class TrustRegionSettings:
     value_epochs: int = 10
     """Passes of the value function's regression over each rollout."""
     value_minibatches: int = 4
-    """Of each of these passes."""
+    """Of each of these passes; must divide the steps of a rollout, the environments for a recurrent policy."""
 
     def __post_init__(self) -> None:
         require(self.max_kl > 0, f"trust_region.max_kl={self.max_kl} must be above 0.")
@@ -170,10 +170,11 @@ class TrainConfig:
         rows, of = self.num_envs * self.horizon, f"num_envs × horizon = {self.num_envs * self.horizon} steps"
         if self.network.recurrent != "none":
             rows, of = self.num_envs, f"{self.num_envs} environments (whole ones, for a recurrent policy)"
-        require(
-            self.algorithm == "trpo" or rows % self.ppo.num_minibatches == 0,
-            f"ppo.num_minibatches={self.ppo.num_minibatches} does not divide the {of} of a rollout.",
-        )
+        require(not self.ppo.compile, "ppo.compile=True: a control run has a setting of its own for it; use compile.")
+        name, minibatches = "ppo.num_minibatches", self.ppo.num_minibatches
+        if self.algorithm == "trpo":
+            name, minibatches = "trust_region.value_minibatches", self.trust_region.value_minibatches
+        require(rows % minibatches == 0, f"{name}={minibatches} does not divide the {of} of a rollout.")
         require(
             self.algorithm != "trpo" or self.precision != "fp16",
             "algorithm=trpo takes no precision=fp16, whose loss scaling is for a gradient step; use bf16, or no.",

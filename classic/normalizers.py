@@ -35,7 +35,10 @@ class RunningMoments(nn.Module):
 
 
 class ObservationNormalizer(nn.Module):
-    """(x − mean) / √(variance + 1e-8), clipped to ±10, over the observations in which decisions were made."""
+    """(x − mean) / √(variance + 1e-8), clipped to ±10, over the observations in which decisions were made.
+
+    One with a number that is not finite is left out.
+    """
 
     shift: Tensor
     scale: Tensor
@@ -53,7 +56,7 @@ class ObservationNormalizer(nn.Module):
     def update(self, x: Tensor, mask: Tensor, *, sum_across: SumAcross = identity) -> None:
         """Merges x (N, T, D) where mask (N, T) is True."""
         rows = x.reshape(-1, x.shape[-1]).double()
-        keep = mask.reshape(-1, 1).expand_as(rows)
+        keep = (mask.reshape(-1) & rows.isfinite().all(1))[:, None].expand_as(rows)
         columns = [masked_moments(rows[:, i], keep[:, i], sum_across=sum_across) for i in range(rows.shape[1])]
         mean, variance, count = (torch.stack(parts) for parts in zip(*columns, strict=True))
         self.moments.merge(mean, variance, count[0])
@@ -64,7 +67,8 @@ class ObservationNormalizer(nn.Module):
 class RewardNormalizer(nn.Module):
     """r / √(variance of the running discounted return + 1e-8), clipped to ±10 (Huang et al., 2022, detail 9).
 
-    The running return R_t = γ·R_{t−1}·[not ended_{t−1}] + r_t starts anew after every end (Stable-Baselines3's way).
+    The running return R_t = γ·R_{t−1}·[not ended_{t−1}] + r_t starts anew after every end (Stable-Baselines3's way). A
+    reward that is not finite adds nothing to it, and the return at it is left out.
     """
 
     def __init__(self, gamma: float) -> None:
@@ -81,7 +85,8 @@ class RewardNormalizer(nn.Module):
         self, rewards: Tensor, ended: Tensor, mask: Tensor, running: Tensor, *, sum_across: SumAcross = identity
     ) -> Tensor:
         """Merges the running returns of rewards (N, T); running (N,): those before. → those after, 0 where ended."""
-        rewards = torch.where(mask, rewards, 0)  # whatever a reset was paid, NaN too, must not live on in a sum
+        mask = mask & rewards.isfinite()
+        rewards = torch.where(mask, rewards, 0)  # NaN, or whatever a reset was paid, must not live on in a sum
         returns = torch.empty_like(rewards)
         for t in range(rewards.shape[1]):
             running = returns[:, t] = self.gamma * running + rewards[:, t]

@@ -16,12 +16,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from scipy import stats
 
 from ppo_rlhf.errors import UserError, did_you_mean
 from ppo_rlhf.run import read_config
 from ppo_rlhf.settings import flat
-from ppo_rlhf.statistics import CONFIDENCE, Estimate
+from ppo_rlhf.statistics import Estimate, mean_and_interval
 
 # Settings in which runs may differ and still be seeds of one another.
 OF_NO_WEIGHT = {"seed", "output_dir", "resume", "num_steps", "device", "log_with", "eval_every", "eval_episodes"}
@@ -98,7 +97,10 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def read_curve(run: Path, metric: str, x: str) -> Curve:
-    """The points of a run at which both were measured."""
+    """The points of a run at which both were measured.
+
+    One that was not finite is left out: of a run that diverged the curve, and its part in a mean, is of what went well.
+    """
     path = run / "metrics.jsonl"
     config = read_config(run)
     if config is None or not path.exists():
@@ -132,18 +134,6 @@ def draw(curves: Sequence[Curve], *, metric: str, x: str, smooth: int) -> Figure
         _end_where_the_runs_do(panel, groups.values(), smooth)
     figure.supxlabel(_what_is_drawn(curves, smooth), fontsize=8, color="#555555")
     return figure
-
-
-def mean_and_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """values (N, …), N seeds → their mean and half the width of its 95 % t interval, mean ± t · s / √N.
-
-    With one seed there is no interval: NaN.
-    """
-    count = len(values)
-    if count < 2:
-        return values.mean(0), np.full(values.shape[1:], np.nan)
-    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)
-    return values.mean(0), quantile * values.std(0, ddof=1) / math.sqrt(count)
 
 
 def smoothed(y: np.ndarray, smooth: int) -> np.ndarray:

@@ -22,6 +22,7 @@ from classic.rollout import Collector, Trajectory, experience_of
 from classic.trpo import trust_region_update
 from ppo_rlhf.core import Experience, adapt_kl_coef_ppo_penalty, explained_variance
 from ppo_rlhf.errors import UserError
+from ppo_rlhf.micro_batches import MicroBatch
 from ppo_rlhf.optimizer import learning_rate, make_optimizer, set_learning_rate
 from ppo_rlhf.run import LoopState, Run, begin, make_accelerator, read_config
 from ppo_rlhf.seeding import keyed_generator, keyed_seed
@@ -43,6 +44,7 @@ class Learner:
     optimizer: Any
     collector: Collector
     accelerator: Accelerator
+    micro_batch: MicroBatch
 
 
 def train(
@@ -198,17 +200,28 @@ def update(learner: Learner, experience: Experience, state: LoopState) -> tuple[
         settings,
         accelerator=learner.accelerator,
         generator=keyed_generator(config.seed, "shuffle", state.step),
+        micro_batch=learner.micro_batch,
         kl_penalty_coef=state.kl_coef if penalized else 0.0,
         kl_divergence=policy.distribution.kl if penalized else None,
     )
     if config.algorithm != "penalty":
         return statistics, state.kl_coef
-    kl = measured_kl(policy, rows, settings, accelerator=learner.accelerator, kl_divergence=policy.distribution.kl)
+    kl = measured_kl(
+        policy,
+        rows,
+        settings,
+        accelerator=learner.accelerator,
+        kl_divergence=policy.distribution.kl,
+        micro_batch=learner.micro_batch,
+    )
+    statistics["policy/kl"] = kl
+    if not statistics["optimizer_steps"]:  # a KL of 0 says nothing of β
+        return statistics, state.kl_coef
     rule = config.penalty
     kl_coef = adapt_kl_coef_ppo_penalty(
         state.kl_coef, kl, target=rule.kl_target, minimum=rule.minimum, maximum=rule.maximum
     )
-    return {**statistics, "policy/kl": kl}, kl_coef
+    return statistics, kl_coef
 
 
 def penalizes(config: TrainConfig) -> bool:
@@ -298,7 +311,8 @@ def learner_of(config: TrainConfig, env: EnvironmentMaker, policy: Policy | None
         require_spaces(policy, envs, config.env_id)
         optimizer = make_optimizer(policy.to(accelerator.device), config.optimizer)
         policy, optimizer = accelerator.prepare(policy, optimizer)
-        return Learner(config, policy, optimizer, Collector(envs, policy), accelerator)
+        micro_batch = MicroBatch(config.ppo.micro_batch_size, accelerator, setting="ppo.micro_batch_size")
+        return Learner(config, policy, optimizer, Collector(envs, policy), accelerator, micro_batch)
     except BaseException:
         envs.close()
         raise

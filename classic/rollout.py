@@ -139,9 +139,16 @@ class Collector:
         self.memory.forget((step.terminated | step.truncated) if step.final_observations is not None else ~step.decided)
 
     def _count_episodes(self, rewards: Tensor, ended: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Sums over the episodes that ended, from cumulative sums; what is left over is carried on."""
-        returns, self.returns = _sums_at_ends(torch.where(mask, rewards, 0).double(), self.returns, ended)
-        lengths, self.lengths = _sums_at_ends(mask.double(), self.lengths, ended)
+        """Sums over the episodes that ended, from cumulative sums; what is left over is carried on.
+
+        The return of an episode with a reward that is not finite is NaN, and no other's.
+        """
+        finite = rewards.isfinite()
+        numbers = torch.cat([torch.where(mask & finite, rewards, 0).double(), mask & ~finite, mask])  # (3N, T)
+        carried = torch.cat([self.returns.nan_to_num(), self.returns.isnan(), self.lengths])
+        sums, rest = _sums_at_ends(numbers, carried, ended.repeat(3, 1))
+        (returns, spoilt, lengths), (rest, rest_spoilt, self.lengths) = sums.chunk(3), rest.chunk(3)
+        returns, self.returns = returns.where(spoilt == 0, torch.nan), rest.where(rest_spoilt == 0, torch.nan)
         return {"count": ended.sum(), "return": returns.sum(), "length": lengths.sum()}
 
 

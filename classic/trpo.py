@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parameters_to_vector
+from torch.nn.utils import get_total_norm, parameters_to_vector
 
 from classic.config import TrustRegionSettings
 from classic.policy import Policy
@@ -30,6 +31,9 @@ def trust_region_update(
     F x by the conjugate gradient method on Hessian-vector products of the exact KL; the step is shortened until the
     surrogate improves and the constraint holds, and not taken where no length does (appendix C). Policy and value
     function share no parameters but in an encoder or recurrent core, which then follow the policy alone.
+
+    → statistics, and how many steps of the regression were taken, and skipped for a gradient that is not finite; all of
+    them where the surrogate's gradient is not.
     """
     parameters = [p for p in policy.parameters() if p.requires_grad]
 
@@ -43,6 +47,11 @@ def trust_region_update(
 
     loss, kl, entropy = surrogate_and_kl()
     gradient = _flat(loss, parameters, retain_graph=True)
+    told = {"objective/entropy": entropy.item(), "grad_norm": gradient.norm().item()}
+    if not math.isfinite(told["grad_norm"]):
+        steps = settings.value_epochs * settings.value_minibatches
+        still = {"policy/kl": 0.0, "line_search/step": 0.0, "optimizer_steps": 0, "skipped_steps": steps}
+        return {"loss/policy": math.nan, "loss/value": math.nan, **told, **still}
     kl_gradient = _flat(kl, parameters, create_graph=True)
 
     def fisher(vector: Tensor) -> Tensor:
@@ -51,15 +60,8 @@ def trust_region_update(
     direction = conjugate_gradient(fisher, -gradient, settings.conjugate_gradient_steps)
     length = (2 * settings.max_kl / (direction @ fisher(direction)).clamp(min=1e-12)).sqrt()
     taken, after, kl_after = _line_search(parameters, length * direction, surrogate_and_kl, loss.detach(), settings)
-    value = _fit_values(policy, optimizer, experience, settings, seed)
-    return {
-        "loss/policy": after,
-        "loss/value": value,
-        "objective/entropy": entropy.item(),
-        "policy/kl": kl_after,
-        "grad_norm": gradient.norm().item(),
-        "line_search/step": taken,
-    }
+    fitted = _fit_values(policy, optimizer, experience, settings, seed)
+    return {"loss/policy": after, **told, "policy/kl": kl_after, "line_search/step": taken, **fitted}
 
 
 def conjugate_gradient(product: Callable[[Tensor], Tensor], target: Tensor, steps: int) -> Tensor:
@@ -109,13 +111,16 @@ def _move_to(vector: Tensor, parameters: Sequence[Tensor]) -> None:
 
 def _fit_values(
     policy: Policy, optimizer: Any, experience: Experience, settings: TrustRegionSettings, seed: tuple[int, int]
-) -> float:
-    """Regresses the value head's own parameters onto the returns; → the last pass's mean loss."""
+) -> dict[str, float]:
+    """Regresses the value head's own parameters onto the returns; → the last pass's mean loss, NaN where it took no
+    step, and how many steps of all passes were taken and skipped.
+    """
     rows = experience if policy.core is not None else experience.by_step()
     still = [part.detach().clone() for part in policy.networks.policy_layers()]
     size = max(1, len(rows) // settings.value_minibatches)
     generator = keyed_generator(*seed, "value")
     losses: list[Tensor] = []
+    optimizer_steps = skipped_steps = 0
     for _ in range(settings.value_epochs):
         losses = []
         for minibatch in rows.shuffled(size, generator):
@@ -124,13 +129,18 @@ def _fit_values(
             optimizer.zero_grad()
             loss.backward()
             policy.keep_policy_still()
+            if not get_total_norm([p.grad for p in policy.parameters() if p.grad is not None]).isfinite():
+                skipped_steps += 1
+                continue
             optimizer.step()
+            optimizer_steps += 1
             losses.append(loss.detach())
     optimizer.zero_grad()
     with torch.no_grad():  # no gradient moves the policy, but weight decay does
         for part, before in zip(policy.networks.policy_layers(), still, strict=True):
             part.copy_(before)
-    return torch.stack(losses).mean().item()
+    mean = torch.stack(losses).mean().item() if losses else math.nan
+    return {"loss/value": mean, "optimizer_steps": optimizer_steps, "skipped_steps": skipped_steps}
 
 
 def _flat(

@@ -1,4 +1,4 @@
-"""A share with its interval, by Wilson's formula."""
+"""A share with its interval, by Wilson's formula; apart from `ppo_rlhf.statistics`, whose scipy is slow to import."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers and how sure they are: bootstrap intervals, stratified over several runs (Agarwal et al., 2021).
+"""Numbers and how sure they are: bootstrap intervals, stratified over several runs (Agarwal et al., 2021); t intervals.
 
 Free of torch. A stratum holds the scores of one environment or task, a number a seed. Seeds are drawn again within each
 stratum, so that every resample has as many runs of each as there were.
@@ -6,6 +6,7 @@ stratum, so that every resample has as many runs of each as there were.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -39,6 +40,18 @@ class Estimate:
 def interquartile_mean(scores: np.ndarray, axis: int = -1) -> np.ndarray:
     """The mean of the middle half: of n numbers ⌊n/4⌋ are left out at either end."""
     return stats.trim_mean(scores, 0.25, axis=axis)
+
+
+def mean_and_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """values (N, …), N seeds → their mean and half the width of its 95 % t interval, mean ± t · s / √N.
+
+    With one seed there is no interval: NaN.
+    """
+    count = len(values)
+    if count < 2:
+        return values.mean(0), np.full(values.shape[1:], np.nan)
+    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)
+    return values.mean(0), quantile * values.std(0, ddof=1) / math.sqrt(count)
 
 
 def estimate(strata: Sequence[Scores], statistic: Statistic = np.mean) -> Estimate:

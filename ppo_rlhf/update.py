@@ -130,18 +130,25 @@ def measured_kl(
     *,
     accelerator: Accelerator,
     kl_divergence: KLDivergence | None = None,
+    micro_batch: MicroBatch | None = None,
 ) -> float:
     """d = KL(old‖new) in nats per decision, over the whole rollout and all processes, by one more forward.
 
     What `adapt_kl_coef_ppo_penalty` compares with its target: exact with `kl_divergence`, else the k3 estimate.
+    micro_batch: the one that `ppo_update` keeps.
     """
     mean_across = functools.partial(accelerator.reduce, reduction="mean")
     count = _global_count(experience, mean_across)
-    total = torch.zeros((), device=experience.mask.device)
-    with torch.no_grad():
-        for piece in experience.split(settings.micro_batch_size or len(experience)):
+    micro_batch = micro_batch or MicroBatch(settings.micro_batch_size, accelerator, setting="ppo.micro_batch_size")
+
+    @torch.no_grad()
+    def kl(size: int) -> Tensor:
+        total = torch.zeros((), device=experience.mask.device)
+        for piece in experience.split(size):
             total += kl_old_new(policy(**piece.inputs), piece, kl_divergence=kl_divergence, count=count)
-    return float(mean_across(total))
+        return total
+
+    return float(mean_across(micro_batch.fitting(kl, len(experience))))
 
 
 def _minibatches(

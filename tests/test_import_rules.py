@@ -137,13 +137,13 @@ CONTROL_RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
     "ppo": (
         {"torch", "accelerate"},
         PLAYING | {"config", "evaluate", "pictures", "presets", "rollout", "trpo"},
-        LIGHT | {"core", "optimizer", "run", "seeding", "update"},
+        LIGHT | {"core", "micro_batches", "optimizer", "run", "seeding", "update"},
     ),
     "video": ({"gymnasium"}, PLAYING | {"config", "evaluate"}, ERRORS | {"seeding"}),
     "export": ({"torch"}, {"policy", "spaces"}, ERRORS),
-    "plot": ({"matplotlib", "numpy", "scipy"}, set(), LIGHT | {"run", "statistics"}),
+    "plot": ({"matplotlib", "numpy"}, set(), LIGHT | {"run", "statistics"}),
     "many_runs": (set(), {"config", "envs", "ppo"}, {"run"}),
-    "compare": ({"numpy"}, {"config", "many_runs", "plot", "presets"}, {"run"}),
+    "compare": ({"numpy"}, {"config", "many_runs", "plot", "presets"}, {"run", "statistics"}),
     "experiment": (
         {"numpy"},
         {"config", "envs", "evaluate", "many_runs", "ppo", "variants"},

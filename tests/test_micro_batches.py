@@ -18,7 +18,7 @@ from ppo_rlhf.errors import UserError
 from ppo_rlhf.micro_batches import MicroBatch, is_out_of_memory
 from ppo_rlhf.settings import OptimizerSettings, PPOSettings, SamplingSettings
 from ppo_rlhf.train import ppo, reward_model, sft
-from ppo_rlhf.update import ppo_update
+from ppo_rlhf.update import measured_kl, ppo_update
 
 __all__ = ["data", "in_tmp_path", "models"]
 
@@ -99,6 +99,17 @@ def test_a_minibatch_that_was_interrupted_leaves_nothing_of_its_gradient(where):
     with pytest.warns(UserWarning, match="is 2 from now on"):
         found = updated(policy, experience, micro_batch_of(4), num_minibatches=1)
     assert_same_bits(found, updated(TinyPolicy(), experience, micro_batch_of(2), num_minibatches=1))
+
+
+def test_the_measured_kl_is_taken_over_as_many_rows_at_once_as_fit():
+    experience, settings, accelerator = rollout_of(TinyPolicy(seed=1)), PPOSettings(), Accelerator(cpu=True)
+    micro_batch = micro_batch_of(None)
+    with pytest.warns(UserWarning, match="out of memory"):
+        found = measured_kl(LittleMemory(2), experience, settings, accelerator=accelerator, micro_batch=micro_batch)
+    assert micro_batch.size == 2
+    whole = measured_kl(TinyPolicy(), experience, settings, accelerator=accelerator)
+    assert found == pytest.approx(whole, rel=1e-6)
+    assert whole > 0
 
 
 def test_the_smaller_micro_batch_is_kept_for_the_next_update():

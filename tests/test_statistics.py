@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from ppo_rlhf.statistics import difference, estimate, interquartile_mean
+from ppo_rlhf.statistics import difference, estimate, interquartile_mean, mean_and_interval
 
 
 def test_the_interquartile_mean_leaves_a_quarter_out_at_either_end():
@@ -14,6 +14,19 @@ def test_the_interquartile_mean_leaves_a_quarter_out_at_either_end():
 
 def test_of_five_runs_the_interquartile_mean_leaves_out_the_best_and_the_worst():
     assert interquartile_mean(np.array([[1.0, 2, 3, 4, 1000], [0, 0, 6, 9, 9]])) == pytest.approx([3, 5])
+
+
+def test_the_t_interval_is_that_of_the_mean():
+    values = np.array([[1.0, 10.0], [2.0, 10.0], [6.0, 10.0]])
+    mean, half = mean_and_interval(values)
+    assert mean == pytest.approx([3.0, 10.0])
+    assert half == pytest.approx([4.302653 * np.sqrt(7 / 3), 0.0])  # t(2) · s / √3, s² = (4 + 1 + 9) / 2
+
+
+def test_one_seed_has_no_t_interval():
+    mean, half = mean_and_interval(np.array([[1.0, 2.0]]))
+    assert mean.tolist() == [1.0, 2.0]
+    assert np.isnan(half).all()
 
 
 def test_an_estimate_is_of_all_runs_of_all_strata_together():

@@ -66,6 +66,9 @@ TRAIN = [
     # what does not go together
     ("CartPole-v1 --ppo.num_minibatches 3", ["ppo.num_minibatches=3", "num_envs × horizon = 64"]),
     ("CartPole-v1 --network.recurrent gru --ppo.num_minibatches 8", ["ppo.num_minibatches=8", "4 environments"]),
+    ("CartPole-v1 --algorithm trpo --trust_region.value_minibatches 3", ["trust_region.value_minibatches=3", "64"]),
+    ("CartPole-v1 --algorithm trpo --network.recurrent gru --num-envs 6", ["value_minibatches=4", "6 environments"]),
+    ("CartPole-v1 --ppo.compile true", ["ppo.compile", "use compile"]),
     ("MountainCarContinuous-v0 --network.gaussian squashed --network.initial_log_std 9", ["initial_log_std=9"]),
     ("CartPole-v1 --network.encoder nowhere:Encoder", ["nowhere"]),
     ("CartPole-v1 --log_with [tensorbord]", ["log_with", "tensorbord"]),

@@ -67,6 +67,18 @@ def test_observations_in_which_nobody_decided_change_nothing():
     assert cases.same(before, cases.copied(normalizer))
 
 
+@pytest.mark.parametrize("broken", [NAN, math.inf])
+def test_an_observation_that_is_not_finite_is_left_out(broken):
+    told, silent = ObservationNormalizer(2), ObservationNormalizer(2)
+    x, mask = torch.randn(3, 4, 2, generator=cases.generator()), everything(3, 4)
+    x[1, 2, 0] = broken
+    told.update(x, mask)
+    mask[1, 2] = False
+    silent.update(x, mask)
+    assert told.moments.count == 11
+    assert cases.same(cases.copied(told), cases.copied(silent))
+
+
 def test_before_the_first_update_observations_pass_as_they_are():
     x = torch.tensor([[3.0, -4.0]])
     assert torch.equal(ObservationNormalizer(2)(x), x)
@@ -111,6 +123,16 @@ def test_rewards_are_scaled_by_the_deviation_of_the_running_discounted_return(re
     np.testing.assert_allclose(normalizer.moments.variance, returns.var(), rtol=1e-9, atol=1e-9)
     scaled = np.clip(rewards / np.sqrt(returns.var() + EPSILON), -LIMIT, LIMIT)
     np.testing.assert_allclose(normalizer(torch.from_numpy(rewards)), scaled, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("broken", [NAN, -math.inf])
+def test_a_reward_that_is_not_finite_is_left_out_and_its_episode_goes_on(broken):
+    normalizer = RewardNormalizer(0.5)
+    rewards = torch.tensor([[4.0, broken, 3.0], [1.0, 1.0, 1.0]])
+    running = normalizer.update(rewards, torch.zeros(2, 3, dtype=torch.bool), everything(2, 3), torch.zeros(2))
+    assert running.tolist() == [4.0, 1.75]  # of the first: 4 / 4 + 3
+    assert normalizer.moments.count == 5
+    assert normalizer.moments.variance == pytest.approx(np.var([4.0, 4.0, 1.0, 1.5, 1.75]))
 
 
 def test_rewards_keep_their_sign_whatever_their_mean():

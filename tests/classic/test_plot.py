@@ -5,12 +5,11 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 import yaml
 from command_cases import answer, in_tmp_path
 from matplotlib.colors import to_hex
 
-from classic.plot import COLOURS, draw, mean_and_interval, read_curve, smoothed
+from classic.plot import COLOURS, draw, read_curve, smoothed
 
 __all__ = ["in_tmp_path"]
 
@@ -40,19 +39,6 @@ def panels_of(curves, **more):
 
 def lines_of(panel):
     return {line.get_label(): line for line in panel.lines if not line.get_label().startswith("_")}
-
-
-def test_the_interval_is_the_mean_s_t_interval():
-    values = np.array([[1.0, 10.0], [2.0, 10.0], [6.0, 10.0]])
-    mean, half = mean_and_interval(values)
-    assert mean == pytest.approx([3.0, 10.0])
-    assert half == pytest.approx([4.302653 * np.sqrt(7 / 3), 0.0])  # t(2) · s / √3, s² = (4 + 1 + 9) / 2
-
-
-def test_one_seed_has_no_interval():
-    mean, half = mean_and_interval(np.array([[1.0, 2.0]]))
-    assert mean.tolist() == [1.0, 2.0]
-    assert np.isnan(half).all()
 
 
 def test_smoothing_is_the_mean_of_the_latest_points_and_of_fewer_at_the_start():

@@ -19,6 +19,7 @@ import classic.ppo
 from classic import load, train
 from classic.config import PenaltySettings, TrainConfig
 from classic.evaluate import Evaluator, Outcome
+from classic.policy import Policy
 from classic.ppo import device_of, improve, run
 from ppo_rlhf.core import whiten
 from ppo_rlhf.errors import UserError
@@ -393,6 +394,14 @@ def test_the_coefficient_follows_the_paper_s_rule_once_an_update(env, regime, ne
     assert watched["adapted"] == 3
 
 
+def test_the_coefficient_stays_where_the_update_was_skipped(monkeypatch):
+    monkeypatch.setattr(cases.Guess, "_reward", lambda self, action: float("nan"))
+    learner = cases.make_learner(cases.Guess, algorithm="penalty")
+    state, told = improve(learner, LoopState(kl_coef=1.0))
+    assert told["policy/kl"] == pytest.approx(0, abs=1e-7)  # of a policy that nothing moved
+    assert state.kl_coef == 1
+
+
 def test_the_coefficient_stays_within_its_bounds():
     for target, expected in ((1e9, 0.3), (1e-9, 2.5)):
         rule = PenaltySettings(kl_target=target, minimum=0.3, maximum=2.5)
@@ -418,6 +427,43 @@ def test_a_penalty_holds_the_policy_back_and_nothing_else_does(watched):
     assert watched["adapted"] == 0
     assert moved["fixed"] < 0.2 * moved["none"]
     assert moved["clip"] < moved["none"]
+
+
+# --- numbers that are not finite --------------------------------------------------------------------------------------
+
+
+class PaidNaN(cases.Guess):
+    """Pays NaN in the fourth step of its second episode, and once only."""
+
+    episodes = 0
+
+    def reset(self, **options):
+        self.episodes += 1
+        return super().reset(**options)
+
+    def _reward(self, action):
+        return float("nan") if (self.episodes, self.count) == (2, 3) else super()._reward(action)
+
+
+@pytest.mark.parametrize("algorithm", ["clip", "penalty", "trpo"])
+def test_a_reward_that_is_no_number_costs_its_own_update_alone(algorithm):
+    config = cases.config_of(algorithm=algorithm, normalize_rewards=True, horizon=12)
+    told = []
+    policy = train(PaidNaN, num_steps=5 * 48, config=config, callbacks=[lambda _, metrics: told.append(metrics)])
+    # Episodes of 16 steps and one for the reset: the 21st is paid with NaN, the 33rd ends its episode.
+    assert [metrics["optimizer_steps"] == 0 for metrics in told] == [False, True, False, False, False]
+    assert [metrics["skipped_steps"] > 0 for metrics in told] == [False, True, False, False, False]
+    assert [np.isnan(metrics.get("episode/return", 0)) for metrics in told] == [False, False, True, False, False]
+    assert [metrics["episodes"] for metrics in told] == [0, 4, 4, 0, 4]
+    assert all(x.isfinite().all() for x in policy.state_dict().values())
+
+
+@pytest.mark.parametrize("algorithm", ["clip", "penalty", "trpo"])
+def test_a_run_whose_rewards_are_no_numbers_ends(algorithm, tmp_path, monkeypatch):
+    monkeypatch.setattr(cases.Guess, "_reward", lambda self, action: float("nan"))
+    config = cases.config_of(algorithm=algorithm, max_skips=2, output_dir=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="the 2 updates up to step 2 were skipped"):
+        run(config, env=cases.Guess)
 
 
 # --- schedules and settings ------------------------------------------------------------------------------------------
@@ -483,6 +529,20 @@ def test_micro_batches_change_nothing_but_memory(network):
         outcomes.append(history_of("CartPole-v1", changes, num_steps=ROLLOUT)[0])
     for one, other in zip(*(outcome.values() for outcome in outcomes), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-4)
+
+
+def test_memory_that_runs_out_does_so_once_in_a_run(monkeypatch):
+    forward = Policy.forward
+
+    def little_memory(self, **inputs):
+        if len(inputs["actions"]) > 20:
+            raise MemoryError
+        return forward(self, **inputs)
+
+    monkeypatch.setattr(Policy, "forward", little_memory)
+    with pytest.warns(UserWarning, match="ppo.micro_batch_size is 16 from now on") as told:
+        history_of("CartPole-v1", {"algorithm": "penalty"}, num_steps=3 * ROLLOUT)
+    assert len(told) == 1
 
 
 @pytest.mark.parametrize("algorithm", ["clip", "penalty", "trpo"])

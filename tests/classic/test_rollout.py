@@ -416,6 +416,18 @@ def test_a_huge_reward_leaves_no_trace_in_later_episodes():
     assert trajectory.episodes["return"].item() == 1e10 + 0.75
 
 
+@pytest.mark.parametrize(
+    ("horizon", "expected"), [(6, [NAN]), (3, [3, NAN]), (2, [3, NAN, 48]), (1, [0, 3, 0, NAN, 0, 48])]
+)
+def test_a_reward_that_is_no_number_leaves_no_trace_in_later_episodes(horizon, expected):
+    rewards = [[1.0, 2.0, 4.0, NAN, 8.0, 16.0], [1.0, 2.0, math.inf, 4.0, 8.0, 16.0]]
+    tape = cases.Tape(torch.zeros(2, 7), rewards, terminated=[(0, 1), (0, 3), (0, 5), (1, 3), (1, 5)], final={})
+    collector = Collector(tape, cases.Plain())
+    rollouts = [collector.collect(cases.Plain(), horizon, cases.generator()) for _ in expected]
+    assert [rollout.episodes["return"].item() for rollout in rollouts] == pytest.approx(expected, nan_ok=True)
+    assert collector.returns.tolist() == [0, 0]
+
+
 # --- recurrent memories ----------------------------------------------------------------------------------------------
 
 

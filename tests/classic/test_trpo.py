@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import control_cases as cases
 import pytest
@@ -201,7 +202,7 @@ def test_the_value_s_regression_takes_as_many_steps_as_it_is_told(monkeypatch):
 def test_a_step_that_never_helps_is_not_taken(monkeypatch):
     policy = policy_of()
     experience = experience_of(policy)
-    monkeypatch.setattr(classic.trpo, "_fit_values", lambda *_: 0.0)
+    monkeypatch.setattr(classic.trpo, "_fit_values", lambda *_: {})
     monkeypatch.setattr(classic.trpo, "conjugate_gradient", lambda product, target, steps: -target)  # uphill
     before = cases.copied(policy)
     told = step(policy, experience)
@@ -240,7 +241,7 @@ def test_the_presets_of_the_trust_region_are_of_its_algorithm():
 def test_without_advantages_there_is_no_step(monkeypatch):
     policy = policy_of()
     experience = dataclasses.replace(experience_of(policy), advantages=torch.zeros(6, 5, dtype=torch.float64))
-    monkeypatch.setattr(classic.trpo, "_fit_values", lambda *_: 0.0)
+    monkeypatch.setattr(classic.trpo, "_fit_values", lambda *_: {})
     before = cases.copied(policy)
     assert step(policy, experience)["line_search/step"] == 0
     assert cases.same(before, cases.copied(policy))
@@ -258,6 +259,37 @@ def test_decisions_that_nobody_made_change_no_step():
         step(policy, dataclasses.replace(experience, **fields))
         outcomes.append(cases.copied(policy))
     assert cases.same(*outcomes)
+
+
+@pytest.mark.parametrize("name", ["advantages", "returns"])
+def test_a_rollout_that_is_not_finite_is_skipped_and_told(name):
+    policy = policy_of()
+    experience = experience_of(policy)
+    settings = TrustRegionSettings(value_epochs=3, value_minibatches=5)
+    before = cases.copied(policy)
+    poisoned = torch.full_like(experience.mask, float("nan"), dtype=torch.float64)
+    told = step(policy, dataclasses.replace(experience, **{name: poisoned}), settings)
+    assert (told["optimizer_steps"], told["skipped_steps"]) == (0, 3 * 5)
+    assert math.isnan(told["loss/value"])
+    moved = not cases.same(before, cases.copied(policy))
+    assert moved == (name == "returns")  # the policy's own step needs none of them
+    assert all(parameter.isfinite().all() for parameter in policy.parameters())
+
+
+def test_of_the_value_s_regression_only_the_steps_that_are_not_finite_are_skipped(monkeypatch):
+    policy = policy_of()
+    experience = experience_of(policy)
+    at = tuple(experience.mask.nonzero()[0])
+    experience.returns[at] = float("nan")
+    optimizer = make_optimizer(policy, OptimizerSettings(lr=1e-2))
+    steps, take = [], optimizer.step
+    monkeypatch.setattr(optimizer, "step", lambda: steps.append(1) or take())
+    settings = TrustRegionSettings(value_epochs=3, value_minibatches=5)
+    told = trust_region_update(policy, optimizer, experience, settings, seed=(0, 0))
+    assert (told["optimizer_steps"], told["skipped_steps"]) == (3 * 4, 3)  # one minibatch of each pass
+    assert len(steps) == 3 * 4
+    assert math.isfinite(told["loss/value"])
+    assert all(parameter.isfinite().all() for parameter in policy.parameters())
 
 
 def test_parameters_keep_memory_of_their_own():
