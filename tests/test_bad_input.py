@@ -321,6 +321,8 @@ COMMAND_LINES = [
     ("ppo --reference {small_vocabulary}", ["reference", "vocabulary"]),
     ("ppo --reference {another_width}", ["reference", "another_width"]),
     ("ppo --reward {two_outputs}", ["reward", "two_outputs"]),
+    ("ppo --reward {gpt2}", ["reward", "gpt2", "score.weight", "ppo-rlhf reward"]),
+    ("ppo --gold {gpt2}", ["gold", "gpt2", "score.weight", "ppo-rlhf reward"]),
     ("ppo --reward {cut_weights}", ["reward", "cut_weights"]),
     ("ppo --reward {no_tokenizer}", ["reward", "no_tokenizer"]),
     ("ppo --reward {without_eos}", ["reward", "eos"]),

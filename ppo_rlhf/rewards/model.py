@@ -82,7 +82,7 @@ class RewardModel:
     def load(
         cls, source: str | Path, *, setting: str, device: torch.device | str = "cpu", **arguments: Any
     ) -> RewardModel:
-        """A saved reward model, or a language model with a new head; arguments: batch_size, chat_template.
+        """A saved reward model; arguments: batch_size, chat_template.
 
         Raises UserError when it cannot be loaded.
         """
