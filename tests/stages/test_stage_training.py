@@ -13,6 +13,7 @@ import torch
 from tiny_runs import STOPS, metrics_of, same_weights, without_times
 
 from ppo_rlhf.config import MissingEOS, PPOConfig, RewardConfig, SFTConfig
+from ppo_rlhf.errors import UserError
 from ppo_rlhf.models import load_policy
 from ppo_rlhf.report import outcome_lines, write_report
 from ppo_rlhf.rewards import RewardModel
@@ -129,6 +130,16 @@ def test_the_three_stages_take_objects_instead_of_paths(models):
     assert summary["gold_score_before"] == 0.5
     assert any(not torch.equal(before[name], value) for name, value in policy.state_dict().items())
     assert [row["objective/gold_score"] for row in metrics_of("ppo")[1:]] == [1.5, 1.5]
+
+
+@pytest.mark.parametrize("given", ["policy", "tokenizer"])
+@pytest.mark.parametrize("stage", [sft, reward_model, ppo])
+def test_a_policy_or_a_tokenizer_alone_is_refused(stage, given, models, data):
+    config = {sft: sft_config, reward_model: reward_config, ppo: ppo_config}[stage](models, data, output_dir="out")
+    made = dict(zip(("policy", "tokenizer"), load_policy(models["llama"], setting="test"), strict=True))
+    with pytest.raises(UserError, match="policy and tokenizer go together"):
+        stage.train(config, **{given: made[given]})
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("module", [sft, reward_model])
