@@ -40,6 +40,9 @@ def too_few(prompts, responses, **columns):
 def number(prompts, responses, **columns):
     return 1.0
 
+def one(prompts, responses, **columns):
+    return [1.0] * len(responses)
+
 def strings(prompts, responses, **columns):
     return ["good"] * len(responses)
 
@@ -351,6 +354,7 @@ COMMAND_LINES = [
     ("ppo --reward user.py:by_name", ["by_name"]),
     ("ppo --reward user.py:text", ["text", "1111"]),
     ("ppo --reward user.py:two_arguments --prompts bonus.jsonl", ["two_arguments", "bonus"]),
+    ("ppo --score_shaping.normalize reference --reward user.py:one", ["normalize=reference", "all 1", "running"]),
     ("ppo --reward user.py:leaves", ["leaves", "SystemExit"]),
     ("ppo --reward user.py:lenght", ["user.py", "lenght", "Did you mean length?"]),
     ("ppo --reward nobody.py:length", ["nobody.py"]),

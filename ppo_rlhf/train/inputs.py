@@ -32,7 +32,7 @@ def policy_with_tokenizer(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The given policy and tokenizer, else those that the configuration names. Raises UserError for one of the two."""
     if (policy is None) != (tokenizer is None):
-        raise UserError("policy and tokenizer go together: give both, or neither and their folder in the configuration.")
+        raise UserError("policy and tokenizer go together: give both, or neither, and `policy` in the configuration.")
     if policy is None or tokenizer is None:
         source = named(config.policy, "policy", what)
         trusted, bits = config.trust_remote_code, config.lora.base_bits

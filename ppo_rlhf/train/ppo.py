@@ -84,15 +84,15 @@ def train(
     extensions = load_extensions(config, sampler, reward_shaping, advantage, callbacks)
     parts = load_parts(config, accelerator, policy, tokenizer, reference, reward, gold, prompts, extensions)
     # Before the folder is made: a reward function that fails leaves nothing behind.
-    before = None if config.resume else evaluated_before(parts, config, accelerator)
+    first = None if config.resume else first_state(parts, config, accelerator)
     apart = parts.model.value_parameters()
     optimizer = make_optimizer(parts.model, config.optimizer, apart=apart, lr_apart=config.value_lr)
     model, optimizer = accelerator.prepare(parts.model, optimizer)
     with start.run(num_steps=config.num_steps) as run, scoring_thread() as worker:
         state = run.resume()
         if state is None:
-            before = before or evaluated_before(parts, config, accelerator)
-            state = with_average(first_state(before, config), model, parts, config)
+            state, before = first or first_state(parts, config, accelerator)
+            state = with_average(state, model, parts, config)
             run.log(0, before.metrics)
             run.log_held_out(0, before.rows)
         for line in (compute.message, *parts.prompts.told()):
@@ -123,17 +123,16 @@ def train(
         return run.finish(summary)
 
 
-def evaluated_before(parts: Parts, config: PPOConfig, accelerator: Accelerator) -> Outcome:
-    """The policy that the run starts from, on the held-out prompts."""
-    return evaluate_held_out(parts, config, accelerator, LoopState(kl_coef=config.kl_coef))
+def first_state(parts: Parts, config: PPOConfig, accelerator: Accelerator) -> tuple[LoopState, Outcome]:
+    """The state before the first step, and the policy that the run starts from on the held-out prompts.
 
-
-def first_state(before: Outcome, config: PPOConfig) -> LoopState:
-    """The state before the first step; scores that are normalised by the reference have its moments from there on."""
+    Scores that are normalised by the reference have its moments from there on. Raises UserError where it gives none.
+    """
+    before = evaluate_held_out(parts, config, accelerator, LoopState(kl_coef=config.kl_coef))
     state = LoopState(kl_coef=config.kl_coef, before=before.metrics)
     if config.score_shaping.normalize == "reference":
         state = replace(state, score_moments=reference_moments(before.metrics, len(before.rows)))
-    return state
+    return state, before
 
 
 def save_models(

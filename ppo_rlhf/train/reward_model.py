@@ -22,7 +22,7 @@ from ppo_rlhf.data import Rows, comparisons, held_out, load_rows, stream
 from ppo_rlhf.model_card import model_card
 from ppo_rlhf.models import context_length, right_padded
 from ppo_rlhf.prompts import Prompts
-from ppo_rlhf.rewards import RewardFunction, RewardModel, ScoringNetwork, load_reward
+from ppo_rlhf.rewards import RewardFunction, RewardModel, ScoringNetwork, is_constant, load_reward
 from ppo_rlhf.run import begin
 from ppo_rlhf.sampling import sample
 from ppo_rlhf.seeding import uniform_rows
@@ -88,7 +88,8 @@ def train(
         for line in parts.training.told():
             run.progress.tell(line)
         state = fit(parts.module, task, config, config.optimizer, run, num_steps=num_steps, callbacks=callbacks)
-        best = normalized(RewardModel.load(run.folder / "best", setting="best", device=accelerator.device), parts)
+        best = RewardModel.load(run.folder / "best", setting="best", device=accelerator.device)
+        normalize(best, parts.own_samples)
         outcome = outcome_of(state.before, state.after, best)
         run.save_model("reward_model", lambda path: save_with_card(best, path, config, outcome))
         summary = run.finish(outcome)
@@ -220,11 +221,14 @@ def policy_samples(
     return batch.texts, sample(policy, tokenizer, batch, config.sampling, noise).texts
 
 
-def normalized(reward_model: RewardModel, parts: Parts) -> RewardModel:
-    """The reward model with the mean and scale by which the starting policy's own samples score 0 ± 1."""
-    raw = reward_model.raw_scores(reward_model.encode(*parts.own_samples))
-    reward_model.set_normalization(float(raw.mean()), max(float(raw.std(correction=0)), 1e-8))
-    return reward_model
+def normalize(reward_model: RewardModel, own_samples: tuple[list[str], list[str]]) -> None:
+    """Gives the reward model the mean and scale by which the starting policy's own samples score 0 ± 1.
+
+    Where these all score the same, there is no scale to divide by, and it is 1.
+    """
+    raw = reward_model.raw_scores(reward_model.encode(*own_samples))
+    mean, std = float(raw.mean()), float(raw.std(correction=0))
+    reward_model.set_normalization(mean, 1.0 if is_constant(mean, std) else std)
 
 
 def outcome_of(before: dict[str, float], after: dict[str, float], reward_model: RewardModel) -> dict[str, float]:

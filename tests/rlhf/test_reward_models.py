@@ -22,7 +22,7 @@ from ppo_rlhf.train.reward_evaluation import (
     gold_pairs,
     held_out_metrics,
 )
-from ppo_rlhf.train.reward_model import classifier_from
+from ppo_rlhf.train.reward_model import classifier_from, normalize
 
 PROMPTS = ["the cat", "why is the sea", "a", "a dog ran"]
 RESPONSES = [" sat on the mat.", " so blue? go!", " dog", "!"]
@@ -149,6 +149,15 @@ def test_a_policy_s_adapter_in_place_of_a_reward_model_is_refused(saved_by, tmp_
         (tmp_path / "adapter" / BASE_CONFIG).unlink()
     with pytest.raises(UserError, match=r"reward: .* a reward model"):
         RewardModel.load(tmp_path / "adapter", setting="reward")
+
+
+def test_samples_that_all_score_the_same_give_a_mean_and_leave_the_scale_at_one():
+    model = make_reward_model()
+    raw = model(PROMPTS[:1], RESPONSES[:1])
+    normalize(model, (PROMPTS[:1] * 3, RESPONSES[:1] * 3))
+    assert model.scale == 1.0
+    torch.testing.assert_close(model(PROMPTS, RESPONSES)[:1], torch.zeros(1), rtol=0, atol=1e-6)
+    assert model.mean == pytest.approx(float(raw), abs=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------- encode
