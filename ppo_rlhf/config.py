@@ -331,6 +331,11 @@ class PPOConfig(RunConfig):
                     value not in ("separate", "bootstrap"),
                     f"{name}={value} needs values, which advantage={self.advantage} has none of.",
                 )
+        require(
+            self.value_head is None or (self.has_values and self.value_model == "shared"),
+            f"value_head={self.value_head} starts a shared value function, and with advantage={self.advantage} and "
+            f"value_model={self.value_model} there is none; leave it out.",
+        )
         for name in ("gamma", "gae_lambda"):
             require(0 <= getattr(self, name) <= 1, f"{name}={getattr(self, name)} must lie in [0, 1].")
         rest = self.batch_size % self.ppo.num_minibatches

@@ -30,6 +30,7 @@ from ppo_rlhf.run import (
     refuse_changes,
     share_of,
     strict_json,
+    told_if_unwritable,
     write_config,
     write_text,
 )
@@ -57,8 +58,9 @@ def run(config: PipelineConfig) -> dict[str, Any]:
     accelerator = make_accelerator(folder, precision="no", log_with=())
     accelerator.wait_for_everyone()  # until all have seen that the folder is free
     if accelerator.is_main_process:  # before the first stage, so that it can be resumed by its folder alone
-        folder.mkdir(parents=True, exist_ok=True)
-        write_config(folder, given)  # without paths into this folder, so that another can be made from it
+        with told_if_unwritable(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_config(folder, given)  # without paths into this folder, so that another can be made from it
     try:
         sft.train(config.sft)
     except UserError:

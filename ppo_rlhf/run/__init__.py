@@ -1,6 +1,6 @@
 """Runs on disk and over processes: the only place that knows files and ranks."""
 
-from ppo_rlhf.run.checkpoints import LoopState, checkpoints_in, is_whole, number_of, write_text
+from ppo_rlhf.run.checkpoints import LoopState, checkpoints_in, is_whole, number_of, told_if_unwritable, write_text
 from ppo_rlhf.run.folder import (
     SAMPLES_KEPT,
     Run,
@@ -48,6 +48,7 @@ __all__ = [
     "refuse_changes",
     "share_of",
     "strict_json",
+    "told_if_unwritable",
     "whole_weights",
     "write_config",
     "write_text",

@@ -199,9 +199,9 @@ class Run:
             with told_if_unwritable(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 self._lock = lock(folder)
-            (folder / "summary.json").unlink(missing_ok=True)  # before all else: a run that goes on is not finished
-            write_config(folder, config)
-            write_text(folder / "environment.json", json.dumps(_environment(config, kind, accelerator), indent=1))
+                (folder / "summary.json").unlink(missing_ok=True)  # before all else: a run that goes on is not finished
+                write_config(folder, config)
+                write_text(folder / "environment.json", json.dumps(_environment(config, kind, accelerator), indent=1))
         accelerator.wait_for_everyone()
         if accelerator.log_with:
             accelerator.init_trackers(kind)

@@ -162,15 +162,32 @@ def policy_with_value(
         with_values=config.has_values,
     )
     source = config.value_head or config.policy
-    if value_model is None and source is not None and not is_reference(source):
-        weights = load_value_head(source)
-        if weights is None and config.value_head is not None:
-            raise UserError(f"value_head: {source} has no v_head.summary.weight; leave it out, to start from zero.")
-        if weights is not None:
-            model.set_value_head(*weights)
+    if model.value_head is not None and source is not None and not is_reference(source):
+        start_value_head(model.value_head, source, required=config.value_head is not None)
     if config.gradient_checkpointing:
         model.checkpoint_activations()
     return model.to(accelerator.device).train()  # dropout is 0; gradient checkpointing acts in this mode alone
+
+
+@torch.no_grad()
+def start_value_head(head: nn.Linear, source: str, *, required: bool) -> None:
+    """Gives the value head the weights of the one in a folder, in place; without one it stays as it is.
+
+    Raises UserError for one of another width, and where one is required for a folder without one.
+    """
+    found = load_value_head(source)
+    if found is None:
+        if required:
+            raise UserError(f"value_head: {source} has no v_head.summary.weight; leave it out, to start from zero.")
+        return
+    weight, bias = found
+    if weight.shape != head.weight.shape:
+        raise UserError(
+            f"value_head: {source} has one on hidden states of {weight.shape[-1]} numbers, and the policy's have "
+            f"{head.in_features}; give one of such a policy."
+        )
+    head.weight.copy_(weight)
+    head.bias.copy_(bias)
 
 
 def value_model_of(
