@@ -154,10 +154,14 @@ class RewardModel:
 
     @torch.no_grad()
     def raw_scores(self, encoded: Sequence[Sequence[int]]) -> Tensor:
-        """Scores before normalisation, (N,) float32; no dropout acts. Texts of like length are scored together."""
+        """Scores before normalisation, (N,) float32; no dropout acts. Texts of like length are scored together.
+
+        In the type of the weights, also under autocast: the scores of a rollout, of an evaluation, and those that mean
+        and scale are set by come from the same arithmetic.
+        """
         scores = torch.zeros(len(encoded))
         by_length = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
-        with evaluating(self.network):
+        with evaluating(self.network), torch.autocast(self.device.type, enabled=False):
             for start in range(0, len(encoded), self.batch_size):
                 rows = by_length[start : start + self.batch_size]
                 scores[rows] = self.network(*right_padded([encoded[row] for row in rows], self.device))[0].cpu()

@@ -88,6 +88,13 @@ def test_dropout_does_not_act_in_scoring():
     assert model.network.training
 
 
+def test_autocast_changes_no_score(architecture):
+    model = make_reward_model(architecture)
+    expected = model(PROMPTS, RESPONSES)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(PROMPTS, RESPONSES), expected)
+
+
 # ---------------------------------------------------------------------------------------------------- saving
 
 
