@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from ppo_rlhf.train import Callback
 from ppo_rlhf.train.averaging import averaged, moving_average
 from ppo_rlhf.train.bad_samples import bad_samples
 from ppo_rlhf.train.extensions import Extensions, load_extensions
-from ppo_rlhf.train.ppo_batch import Batch, Scoring, prompts_of, restored_batch, scoring_thread, with_batch_ahead
+from ppo_rlhf.train.ppo_batch import Batch, Scoring, prompts_of, restored_batch, scoring_thread, tensors_of
 from ppo_rlhf.train.ppo_credit import AdvantageEstimator, RewardShaping, response_advantages
 from ppo_rlhf.train.ppo_evaluation import Outcome, evaluate_held_out, summary_of
 from ppo_rlhf.train.ppo_parts import Parts, load_parts
@@ -97,7 +98,7 @@ def train(
             run.log_held_out(0, before.rows)
         for line in (compute.message, *parts.prompts.told()):
             run.progress.tell(line)
-        ahead = restored_batch(state.tensors, state.step, parts, config, accelerator)
+        state, ahead = restored_batch(state, parts, config, accelerator)
 
         while state.step < config.num_steps:
             reset_peak_memory(accelerator.device)
@@ -110,13 +111,12 @@ def train(
             run.log_samples(samples)
             run.log_bad_samples(bad)
             kl_coef = next_kl_coef(state.kl_coef, metrics["objective/kl"], config)
-            tensors = with_batch_ahead(state.tensors, ahead)
-            state = replace(state, step=state.step + 1, kl_coef=kl_coef, tensors=tensors)
+            state = replace(state, step=state.step + 1, kl_coef=kl_coef)
             state = with_average(state, model, parts, config)
-            state = evaluate_and_save(run, state, metrics, parts, config)
+            state = evaluate_and_save(run, state, metrics, ahead, parts, config)
             for callback in extensions.callbacks:
                 callback(state.step, metrics)
-            run.stop_if_asked(state)
+            run.stop_if_asked(state, partial(tensors_of, ahead))
 
         summary = summary_of(state.before, state.after)
         save_models(run, state, model, parts, config, summary)
@@ -352,11 +352,13 @@ def next_kl_coef(kl_coef: float, kl: float, config: PPOConfig) -> float:
 
 
 def evaluate_and_save(
-    run: Run, state: LoopState, metrics: dict[str, float], parts: Parts, config: PPOConfig
+    run: Run, state: LoopState, metrics: dict[str, float], ahead: Batch | None, parts: Parts, config: PPOConfig
 ) -> LoopState:
     """The end of a step: evaluation where one is due, the best policy kept, metrics logged, a checkpoint where due."""
     last = state.step == config.num_steps
     if last or (config.eval_every and state.step % config.eval_every == 0):
+        if ahead is not None:
+            ahead.scores()  # are there then: rewards are called one after the other
         outcome = evaluate_held_out(parts, config, run.accelerator, state, must_be_finite=False)
         metrics |= outcome.metrics
         run.log_held_out(state.step, outcome.rows)
@@ -367,5 +369,5 @@ def evaluate_and_save(
                 run.save_model("best", lambda path: parts.save_policy(path, config, outcome.metrics))
     run.log(state.step, metrics)
     if last or (config.save_every and state.step % config.save_every == 0):
-        run.save_checkpoint(state)
+        run.save_checkpoint(state, partial(tensors_of, ahead))
     return state
