@@ -174,18 +174,22 @@ def _step(
     # The mean of the processes' gradients is taken, hence the count per process.
     count = torch.tensor(task.weight(rows) / accelerator.num_processes, device=accelerator.device)
     mine = rows[accelerator.process_index :: accelerator.num_processes]  # those of like length are neighbours
+    largest = -(-len(rows) // accelerator.num_processes)  # share of a process
 
     def gradient(size: int) -> Tensor:
         """Adds this process's gradient to the parameters'; → its loss."""
         total = torch.zeros((), device=accelerator.device)
-        for start in range(0, len(mine), size):
-            with local_gradients(wrapped, accelerator, last=start + size >= len(mine)):
-                loss = task.loss(wrapped, mine[start : start + size], count)
+        for start in range(0, largest, size):
+            part = mine[start : start + size]
+            with local_gradients(wrapped, accelerator, last=start + size >= largest):
+                loss = task.loss(wrapped, part or mine[-1:], count)
+                if not part:  # sharded models wait for all processes in each pass
+                    loss = 0 * loss
                 accelerator.backward(loss)
             total += loss.detach()
         return total
 
-    total = micro_batch.fitting(gradient, len(mine), undo=optimizer.zero_grad)
+    total = micro_batch.fitting(gradient, largest, undo=optimizer.zero_grad)
     average_gradients(wrapped.parameters(), accelerator)
     grad_norm = float(accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm))
     finite = math.isfinite(grad_norm)
