@@ -308,6 +308,10 @@ class PPOConfig(RunConfig):
         require(0 <= self.kl_coef < math.inf, f"kl_coef={self.kl_coef} must not be negative, and finite.")
         require(self.kl_target is None or self.kl_target > 0, f"kl_target={self.kl_target} must be above 0, or null.")
         require(
+            self.kl_target is None or self.kl_coef > 0,
+            f"kl_target={self.kl_target} adapts kl_coef by factors, and from 0 it would never move; start above 0.",
+        )
+        require(
             self.kl_horizon >= self.batch_size,
             f"kl_horizon={self.kl_horizon} must be at least the batch_size={self.batch_size} episodes of a step.",
         )

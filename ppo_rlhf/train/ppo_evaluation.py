@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from ppo_rlhf.run import SAMPLES_KEPT, LoopState, gathered, share_of, whole_weig
 from ppo_rlhf.seeding import uniform_rows
 from ppo_rlhf.train.averaging import averaged
 from ppo_rlhf.train.measured import measure
-from ppo_rlhf.train.ppo_credit import missing_eos_rule, response_gae
+from ppo_rlhf.train.ppo_credit import missing_eos_rule, response_advantages, response_gae
 from ppo_rlhf.train.ppo_parts import Parts
 from ppo_rlhf.train.ppo_records import token_numbers
 
@@ -145,12 +146,18 @@ def _evaluate_batch(
 def _judged(inputs: Inputs, rewards: Tensor, parts: Parts, config: PPOConfig) -> dict[str, Tensor]:
     """What PPO would make of each token, were it to train on it; advantages are those before whitening. (B, T) each.
 
-    All responses count as terminated, those too that were cut off.
+    All responses count as terminated, those too that were cut off. Estimators other than GAE may compare a response
+    with others of its rollout: they leave out advantages and returns, and without a value function there are no values.
     """
     evaluation, mask = parts.model(**inputs), inputs["response_mask"]
-    values = torch.cat([evaluation.values, evaluation.values.new_zeros(len(mask), 1)], dim=1)
-    advantages, returns = response_gae(rewards, values, mask, mask.any(1), gamma=config.gamma, lam=config.gae_lambda)
-    return {"entropy": evaluation.entropy, "values": evaluation.values, "advantages": advantages, "returns": returns}
+    judged = {"entropy": evaluation.entropy}
+    if config.has_values:
+        judged["values"] = evaluation.values
+    if config.advantage == "gae" and parts.extensions.advantage is response_advantages:
+        values = F.pad(evaluation.values, (0, 1))
+        discounts = {"gamma": config.gamma, "lam": config.gae_lambda}
+        judged["advantages"], judged["returns"] = response_gae(rewards, values, mask, mask.any(1), **discounts)
+    return judged
 
 
 def rank_correlation(one: Tensor, other: Tensor) -> float:

@@ -31,7 +31,7 @@ from ppo_rlhf.policy import PolicyWithValue, TokenValues
 from ppo_rlhf.prompts import Prompts
 from ppo_rlhf.references import is_reference
 from ppo_rlhf.rewards import RewardFunction, RewardModel, load_reward, models_in
-from ppo_rlhf.sampling import stop_ids_of
+from ppo_rlhf.sampling import check_stop_ids, stop_ids_of
 from ppo_rlhf.train.extensions import Extensions, load_extensions
 from ppo_rlhf.train.inputs import load_reference, named, policy_with_tokenizer
 from ppo_rlhf.train.pretraining import load_texts
@@ -99,6 +99,7 @@ def load_parts(
             f"{accelerator.num_processes} processes."
         )
     policy, tokenizer = policy_with_tokenizer(config, policy, tokenizer, what="the supervised policy to start from")
+    check_stop_ids(config.sampling, tokenizer)
     ready_policy(policy, config, accelerator)
     loaded: list[nn.Module] = []  # frozen models that nobody else holds
     if reference is None:

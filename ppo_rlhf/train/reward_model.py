@@ -24,7 +24,7 @@ from ppo_rlhf.models import context_length, right_padded
 from ppo_rlhf.prompts import Prompts
 from ppo_rlhf.rewards import RewardFunction, RewardModel, ScoringNetwork, is_constant, load_reward
 from ppo_rlhf.run import begin
-from ppo_rlhf.sampling import sample
+from ppo_rlhf.sampling import check_stop_ids, sample
 from ppo_rlhf.seeding import uniform_rows
 from ppo_rlhf.train import Callback
 from ppo_rlhf.train.inputs import policy_with_tokenizer, training_and_held_out
@@ -109,6 +109,7 @@ def load_parts(
     policy, tokenizer = policy_with_tokenizer(
         config, policy, tokenizer, what="the supervised policy that the reward model starts from"
     )
+    check_stop_ids(config.sampling, tokenizer)
     longest = min(config.max_length or 2**31, context_length(policy))
     rows, training, evaluated = load_rankings(config, data, tokenizer, longest)
     if gold is None and config.gold is not None:

@@ -104,6 +104,8 @@ def fit(
             metrics |= held_out.metrics
             run.log_held_out(state.step, held_out.samples)
             quality = task.quality(held_out.metrics)
+            if math.isnan(quality):  # which nothing would beat
+                quality = -math.inf
             if quality > state.best or not config.keep_best or not state.after:
                 state = replace(state, best=quality, after=held_out.metrics)
                 with whole_weights(wrapped):

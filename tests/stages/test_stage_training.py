@@ -354,6 +354,14 @@ def test_the_learning_rate_follows_its_schedule(models, data):
     assert [row["lr"] for row in metrics_of("ppo")[1:]] == pytest.approx([1e-2, 0.75e-2, 0.5e-2, 0.25e-2])
 
 
+def test_an_evaluation_that_is_not_a_number_is_never_the_best(models, data, monkeypatch):
+    losses = iter([6.0, math.nan, 5.0, math.nan, 5.5])  # before and after each of four steps
+    monkeypatch.setattr(sft, "held_out_loss", lambda *_: next(losses))
+    summary = sft.train(sft_config(models, data, batch_size=8, eval_every=1))
+    assert next(losses, None) is None
+    assert summary["loss_after"] == 5.0
+
+
 # ------------------------------------------------------------------------------------------ reward model
 
 
