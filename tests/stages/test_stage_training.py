@@ -356,7 +356,7 @@ def test_the_learning_rate_follows_its_schedule(models, data):
 
 def test_an_evaluation_that_is_not_a_number_is_never_the_best(models, data, monkeypatch):
     losses = iter([6.0, math.nan, 5.0, math.nan, 5.5])  # before and after each of four steps
-    monkeypatch.setattr(sft, "held_out_loss", lambda *_: next(losses))
+    monkeypatch.setattr(sft, "held_out_loss", lambda *_, **__: next(losses))
     summary = sft.train(sft_config(models, data, batch_size=8, eval_every=1))
     assert next(losses, None) is None
     assert summary["loss_after"] == 5.0
@@ -514,7 +514,8 @@ def test_ppo_raises_the_score_of_an_easy_reward(models, data):
 
 
 def test_the_best_policy_by_score_minus_kl_is_kept_beside_the_last_one(models, data):
-    ppo.train(ppo_config(models, data, num_steps=4, eval_every=1, optimizer=OptimizerSettings(lr=0.1)))
+    settings = {"num_steps": 4, "eval_every": 1, "missing_eos": MissingEOS("none")}
+    ppo.train(ppo_config(models, data, **settings, optimizer=OptimizerSettings(lr=0.1)))
     rows = metrics_of("ppo")[1:]
     quality = [row["eval/score"] - 0.05 * row["eval/kl"] for row in rows]
     best = quality.index(max(quality))
