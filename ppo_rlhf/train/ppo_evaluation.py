@@ -17,7 +17,7 @@ from ppo_rlhf.measures import distinct_n
 from ppo_rlhf.models import evaluating
 from ppo_rlhf.policy import Inputs
 from ppo_rlhf.rewards import ScoreMoments, Scores, is_constant, shaped
-from ppo_rlhf.rollout import inputs_of
+from ppo_rlhf.rollout import in_pieces, inputs_of
 from ppo_rlhf.run import SAMPLES_KEPT, LoopState, gathered, share_of, whole_weights
 from ppo_rlhf.seeding import uniform_rows
 from ppo_rlhf.train.averaging import averaged
@@ -118,6 +118,7 @@ def _evaluate_batch(
         reference=parts.reference,
         rewards={"score": parts.reward, **({} if parts.gold is None else {"gold_score": parts.gold})},
         must_be_finite=must_be_finite,
+        micro_batch_size=parts.micro_batch.size,
     )
     rows, responses = measured.rows(), measured.responses
     kept = sum(number < SAMPLES_KEPT for number in numbers)  # what samples.jsonl shows, token by token
@@ -149,12 +150,12 @@ def _judged(inputs: Inputs, rewards: Tensor, parts: Parts, config: PPOConfig) ->
     All responses count as terminated, those too that were cut off. Estimators other than GAE may compare a response
     with others of its rollout: they leave out advantages and returns, and without a value function there are no values.
     """
-    evaluation, mask = parts.model(**inputs), inputs["response_mask"]
-    judged = {"entropy": evaluation.entropy}
+    evaluations = [parts.model(**piece) for piece in in_pieces(inputs, parts.micro_batch.size)]
+    judged = {"entropy": torch.cat([evaluation.entropy for evaluation in evaluations])}
     if config.has_values:
-        judged["values"] = evaluation.values
+        judged["values"] = torch.cat([evaluation.values for evaluation in evaluations])
     if config.advantage == "gae" and parts.extensions.advantage is response_advantages:
-        values = F.pad(evaluation.values, (0, 1))
+        mask, values = inputs["response_mask"], F.pad(judged["values"], (0, 1))
         discounts = {"gamma": config.gamma, "lam": config.gae_lambda}
         judged["advantages"], judged["returns"] = response_gae(rewards, values, mask, mask.any(1), **discounts)
     return judged

@@ -102,6 +102,7 @@ def load_parts(
     check_stop_ids(config.sampling, tokenizer)
     ready_policy(policy, config, accelerator)
     loaded: list[nn.Module] = []  # frozen models that nobody else holds
+    reward_models: list[RewardModel] = []
     if reference is None:
         start = policy
         if config.reference is not None:
@@ -112,10 +113,13 @@ def load_parts(
     if reward is None:
         source = named(config.reward, "reward", "a reward model's folder, or module:function")
         reward = load_reward(source, setting="reward", device=accelerator.device)
-        loaded += [model.classifier for model in models_in(reward)]
+        reward_models += models_in(reward)
     if gold is None and config.gold is not None:
         gold = load_reward(config.gold, setting="gold", device=accelerator.device)
-        loaded += [model.classifier for model in models_in(gold)]
+        reward_models += models_in(gold)
+    for model in reward_models:
+        model.batch_size = min(model.batch_size, config.ppo.micro_batch_size or model.batch_size)
+        loaded.append(model.classifier)
     longest = context_length(policy) - config.sampling.max_new_tokens
     longest -= config.missing_eos.rule == "bootstrap"  # for the token after the last
     texts = load_texts(config, tokenizer, longest=context_length(policy))
@@ -127,9 +131,8 @@ def load_parts(
     if config.frozen_precision == "bf16":
         for each in loaded:
             each.to(torch.bfloat16)
-    model = policy_with_value(config, policy, value_model, accelerator)
     return Parts(
-        model=model,
+        model=policy_with_value(config, policy, value_model, accelerator),
         tokenizer=tokenizer,
         reference=reference.to(accelerator.device),
         reward=reward,

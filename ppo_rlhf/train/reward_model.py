@@ -30,7 +30,7 @@ from ppo_rlhf.train import Callback
 from ppo_rlhf.train.inputs import policy_with_tokenizer, training_and_held_out
 from ppo_rlhf.train.rankings import EncodedRankings, fitting, pair_tensors, rankings_of
 from ppo_rlhf.train.reward_evaluation import Order, evaluate_held_out, gold_pairs
-from ppo_rlhf.train.supervised import HeldOut, Task, batch_of, fit, num_steps_of
+from ppo_rlhf.train.supervised import HeldOut, Task, batch_of, evaluation_batch, fit, num_steps_of
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ def train(
         for line in parts.training.told():
             run.progress.tell(line)
         state = fit(parts.module, task, config, config.optimizer, run, num_steps=num_steps, callbacks=callbacks)
-        best = RewardModel.load(run.folder / "best", setting="best", device=accelerator.device)
+        size = parts.reward_model.batch_size
+        best = RewardModel.load(run.folder / "best", setting="best", device=accelerator.device, batch_size=size)
         normalize(best, parts.own_samples)
         outcome = outcome_of(state.before, state.after, best)
         run.save_model("reward_model", lambda path: save_with_card(best, path, config, outcome))
@@ -119,7 +120,7 @@ def load_parts(
     own_samples = policy_samples(policy, tokenizer, prompt_rows, config)
     classifier = classifier_from(merged(policy))
     train_adapter(classifier, config.lora, heads=["score"])
-    reward_model = RewardModel(classifier, tokenizer)
+    reward_model = RewardModel(classifier, tokenizer, batch_size=evaluation_batch(config.micro_batch_size))
     module = ComparisonModule(reward_model.network, policy if config.language_model_coef else None)
     return Parts(
         reward_model=reward_model,

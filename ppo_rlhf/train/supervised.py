@@ -46,6 +46,11 @@ class Task:
     example: Callable[[int], dict[str, Any]]  # a row of the training data, for bad_samples.jsonl
 
 
+def evaluation_batch(micro_batch_size: int | None) -> int:
+    """Examples of one forward in evaluation: 64, fewer where a micro-batch has fewer."""
+    return min(64, micro_batch_size or 64)
+
+
 def num_steps_of(config: SupervisedConfig, num_examples: int, accelerator: Accelerator) -> int:
     """Optimizer steps of the whole run: every batch is full, what is left of a pass begins the next.
 
