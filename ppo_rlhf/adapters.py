@@ -25,6 +25,11 @@ def has_adapter(model: nn.Module) -> bool:
     return getattr(model, "_hf_peft_config_loaded", False)
 
 
+def saves_modules(model: nn.Module) -> bool:
+    """Whether the model's adapter holds whole modules beside its matrices, as that of a reward model holds the head."""
+    return any(".modules_to_save." in name for name, _ in model.named_parameters())
+
+
 def train_adapter(model: Any, settings: LoRASettings, *, heads: Sequence[str] = ()) -> None:
     """From now on the model's adapter alone is trained; in place. Without an adapter and without a rank: nothing.
 

@@ -309,6 +309,10 @@ class PPOConfig(RunConfig):
         require(0 <= self.kl_coef < math.inf, f"kl_coef={self.kl_coef} must not be negative, and finite.")
         require(self.kl_target is None or self.kl_target > 0, f"kl_target={self.kl_target} must be above 0, or null.")
         require(
+            self.kl_target is None or self.kl_coef > 0,
+            f"kl_target={self.kl_target} adapts kl_coef by factors, and from 0 it would never move; start above 0.",
+        )
+        require(
             self.kl_horizon >= self.batch_size,
             f"kl_horizon={self.kl_horizon} must be at least the batch_size={self.batch_size} episodes of a step.",
         )
@@ -332,6 +336,11 @@ class PPOConfig(RunConfig):
                     value not in ("separate", "bootstrap"),
                     f"{name}={value} needs values, which advantage={self.advantage} has none of.",
                 )
+        require(
+            self.value_head is None or (self.has_values and self.value_model == "shared"),
+            f"value_head={self.value_head} starts a shared value function, and with advantage={self.advantage} and "
+            f"value_model={self.value_model} there is none; leave it out.",
+        )
         for name in ("gamma", "gae_lambda"):
             require(0 <= getattr(self, name) <= 1, f"{name}={getattr(self, name)} must lie in [0, 1].")
         rest = self.batch_size % self.ppo.num_minibatches

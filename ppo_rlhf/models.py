@@ -33,7 +33,7 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils import logging as transformers_logging
 
-from ppo_rlhf.adapters import has_adapter, merged
+from ppo_rlhf.adapters import has_adapter, merged, saves_modules
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.packing import use_packed_attention
 from ppo_rlhf.references import call, is_reference
@@ -124,11 +124,20 @@ def load_tokenizer(source: str, *, setting: str, trust_remote_code: bool = False
 
 
 def load_classifier(source: str, *, setting: str) -> PreTrainedModel:
-    """A sequence classifier with one output, in float32: a trained reward model, or a model with a new head."""
+    """A trained reward model: a sequence classifier with one output, in float32.
+
+    Raises UserError for one with more of them, and for a language model, whose head would be a random one.
+    """
     options: dict[str, Any] = {"num_labels": 1}
     if (Path(source) / BASE_CONFIG).exists():  # it has the normalisation
         options = {"config": AutoConfig.from_pretrained(Path(source) / BASE_CONFIG)}
-    model = _load(AutoModelForSequenceClassification, source, setting, **options)
+    model, found = _load(AutoModelForSequenceClassification, source, setting, output_loading_info=True, **options)
+    if found["missing_keys"] or (has_adapter(model) and not saves_modules(model)):
+        missing = min(found["missing_keys"], default="a head")
+        raise UserError(
+            f"{setting}: {source} is not a reward model, {missing} is missing in it; make one of a policy by "
+            "ppo-rlhf reward."
+        )
     if model.config.num_labels != 1:
         raise UserError(f"{setting}: {source} has {model.config.num_labels} outputs; a reward model has one.")
     return use_quick_kernels(model)
@@ -139,7 +148,7 @@ def _load(factory: Any, source: str, setting: str, **options: Any) -> Any:
     if looks_like_path and not Path(source).is_dir():
         raise UserError(f"{setting}: there is no folder {source}.")
     level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # a new head reported as missing is what we ask for
+    transformers_logging.set_verbosity_error()  # what is missing is told in a line of ours
     try:
         return factory.from_pretrained(source, dtype=torch.float32, **options)
     except Exception as error:

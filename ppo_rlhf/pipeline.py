@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_rlhf.compute import set_up_products
 from ppo_rlhf.config import ComparisonConfig, PipelineConfig
 from ppo_rlhf.data import Row, load_rows, stream
 from ppo_rlhf.errors import UserError
 from ppo_rlhf.models import context_length, load_policy
-from ppo_rlhf.prompts import Prompts
+from ppo_rlhf.prompts import PromptBatch, Prompts
 from ppo_rlhf.references import call, is_reference, load_object
 from ppo_rlhf.run import (
     gathered,
@@ -30,10 +31,11 @@ from ppo_rlhf.run import (
     refuse_changes,
     share_of,
     strict_json,
+    told_if_unwritable,
     write_config,
     write_text,
 )
-from ppo_rlhf.sampling import sample
+from ppo_rlhf.sampling import check_stop_ids, sample
 from ppo_rlhf.seeding import uniform_rows
 from ppo_rlhf.train import ppo, reward_model, sft
 
@@ -57,8 +59,9 @@ def run(config: PipelineConfig) -> dict[str, Any]:
     accelerator = make_accelerator(folder, precision="no", log_with=())
     accelerator.wait_for_everyone()  # until all have seen that the folder is free
     if accelerator.is_main_process:  # before the first stage, so that it can be resumed by its folder alone
-        folder.mkdir(parents=True, exist_ok=True)
-        write_config(folder, given)  # without paths into this folder, so that another can be made from it
+        with told_if_unwritable(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_config(folder, given)  # without paths into this folder, so that another can be made from it
     try:
         sft.train(config.sft)
     except UserError:
@@ -159,23 +162,21 @@ def compare(config: PipelineConfig, folder: Path) -> None:
     products = matmul_precision_of(folder / "sft", config.sft.matmul_precision, accelerator.device)
     set_up_products(products, accelerator.device, torch.float32)
     policy, tokenizer = load_policy(policy_folder, setting="sft")
+    check_stop_ids(settings.sampling, tokenizer)
     policy.to(accelerator.device)
     longest = context_length(policy) - settings.sampling.max_new_tokens
     rows = comparison_prompts(settings)
     prompts = Prompts(rows, tokenizer, longest=longest, setting="comparisons.prompts")
     chosen = stream(len(prompts), 0, settings.num_prompts, config.seed).tolist()
     numbers = list(range(len(chosen)))[share_of(len(chosen), accelerator)]
-    responses: list[list[str]] = [[] for _ in numbers]
-    batch = prompts.batch([chosen[number] for number in numbers], accelerator.device)
-    for repeat in range(settings.responses_per_prompt):
-        noise = uniform_rows(numbers, settings.sampling.max_new_tokens, config.seed, "comparison", repeat)
-        for texts, text in zip(
-            responses, sample(policy, tokenizer, batch, settings.sampling, noise).texts, strict=True
-        ):
-            texts.append(text)
-    pairs = gathered(list(zip(batch.texts, responses, strict=True)))
-    judged = call(str(settings.annotator), [p for p, _ in pairs], [r for _, r in pairs], seed=config.seed)
-    if accelerator.is_main_process:
+    pairs = []
+    if numbers:  # fewer prompts than processes leave some without any
+        batch = prompts.batch([chosen[number] for number in numbers], accelerator.device)
+        responses = responses_to(batch, policy, tokenizer, settings, numbers, config.seed)
+        pairs = list(zip(batch.texts, responses, strict=True))
+    pairs = gathered(pairs)
+    if accelerator.is_main_process:  # the annotator is asked once, who may be paid
+        judged = call(str(settings.annotator), [p for p, _ in pairs], [r for _, r in pairs], seed=config.seed)
         statistics = {
             "count": len(judged),
             "disagreement": disagreement(judged),
@@ -184,6 +185,24 @@ def compare(config: PipelineConfig, folder: Path) -> None:
         write_text(folder / "comparisons.json", strict_json(statistics))
         write_text(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in judged))
     accelerator.wait_for_everyone()
+
+
+def responses_to(
+    batch: PromptBatch,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: ComparisonConfig,
+    numbers: list[int],
+    seed: int,
+) -> list[list[str]]:
+    """The responses to each prompt, by noise of its own number among all that are compared."""
+    found: list[list[str]] = [[] for _ in numbers]
+    for repeat in range(settings.responses_per_prompt):
+        noise = uniform_rows(numbers, settings.sampling.max_new_tokens, seed, "comparison", repeat)
+        sampled = sample(policy, tokenizer, batch, settings.sampling, noise)
+        for texts, text in zip(found, sampled.texts, strict=True):
+            texts.append(text)
+    return found
 
 
 def comparison_prompts(settings: ComparisonConfig) -> list[Row]:

@@ -80,13 +80,6 @@ class PolicyWithValue(nn.Module):
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 
-    @torch.no_grad()
-    def set_value_head(self, weight: Tensor, bias: Tensor) -> None:
-        """The shared value function is weight·h + bias from now on. weight (1, d), bias (1,)."""
-        assert self.value_head is not None
-        self.value_head.weight.copy_(weight)
-        self.value_head.bias.copy_(bias)
-
     def checkpoint_activations(self) -> None:
         """From now on, in training mode, activations are computed again in the backward pass: less memory, more time.
 

@@ -38,6 +38,13 @@ def inputs_of(prompts: PromptBatch, responses: Responses) -> Inputs:
     }
 
 
+def in_pieces(inputs: Inputs, size: int | None) -> list[Inputs]:
+    """The same in pieces of so many rows each, for memory alone; None: in one."""
+    rows = len(inputs["response_ids"])
+    size = size or rows
+    return [{name: x[start : start + size] for name, x in inputs.items()} for start in range(0, rows, size)]
+
+
 @torch.no_grad()
 def evaluate(
     policy: Callable[..., Evaluation],
@@ -55,10 +62,8 @@ def evaluate(
     """
     inputs, width = inputs_of(prompts, responses), responses.mask.shape[1]
     evaluations, ref_logprobs = [], []
-    for start in range(0, len(prompts), batch_size):
-        rows = slice(start, start + batch_size)
-        piece = {name: tensor[rows] for name, tensor in inputs.items()}
-        evaluations.append(policy(**(one_more(piece, ~responses.finished[rows]) if bootstrap else piece)))
+    for piece, finished in zip(in_pieces(inputs, batch_size), responses.finished.split(batch_size), strict=True):
+        evaluations.append(policy(**(one_more(piece, ~finished) if bootstrap else piece)))
         ref_logprobs.append(response_logprobs(reference, piece, temperature=temperature))
     values = torch.cat([evaluation.values for evaluation in evaluations])
     return Rollout(

@@ -40,6 +40,9 @@ def too_few(prompts, responses, **columns):
 def number(prompts, responses, **columns):
     return 1.0
 
+def one(prompts, responses, **columns):
+    return [1.0] * len(responses)
+
 def strings(prompts, responses, **columns):
     return ["good"] * len(responses)
 
@@ -262,6 +265,7 @@ COMMAND_LINES = [
     ("ppo --kl_coef -0.1", ["kl_coef=-0.1"]),
     ("ppo --kl_coef .nan", ["kl_coef=nan"]),
     ("ppo --kl_target 0", ["kl_target=0"]),
+    ("ppo --kl_target 6 --kl_coef 0", ["kl_target=6", "kl_coef"]),
     ("ppo --kl_horizon 2", ["kl_horizon=2", "batch_size=4"]),
     ("ppo --gamma 1.1", ["gamma=1.1"]),
     ("ppo --gae_lambda -0.1", ["gae_lambda=-0.1"]),
@@ -321,6 +325,11 @@ COMMAND_LINES = [
     ("ppo --reference {small_vocabulary}", ["reference", "vocabulary"]),
     ("ppo --reference {another_width}", ["reference", "another_width"]),
     ("ppo --reward {two_outputs}", ["reward", "two_outputs"]),
+    ("ppo --sampling.stop_token_ids [5,300]", ["stop_token_ids", "300 is not an id", "300 tokens"]),
+    ("ppo --sampling.stop_token_ids [-1]", ["stop_token_ids", "-1"]),
+    ("reward --sampling.stop_token_ids [300]", ["stop_token_ids", "300"]),
+    ("ppo --reward {gpt2}", ["reward", "gpt2", "score.weight", "ppo-rlhf reward"]),
+    ("ppo --gold {gpt2}", ["gold", "gpt2", "score.weight", "ppo-rlhf reward"]),
     ("ppo --reward {cut_weights}", ["reward", "cut_weights"]),
     ("ppo --reward {no_tokenizer}", ["reward", "no_tokenizer"]),
     ("ppo --reward {without_eos}", ["reward", "eos"]),
@@ -349,6 +358,7 @@ COMMAND_LINES = [
     ("ppo --reward user.py:by_name", ["by_name"]),
     ("ppo --reward user.py:text", ["text", "1111"]),
     ("ppo --reward user.py:two_arguments --prompts bonus.jsonl", ["two_arguments", "bonus"]),
+    ("ppo --score_shaping.normalize reference --reward user.py:one", ["normalize=reference", "all 1", "running"]),
     ("ppo --reward user.py:leaves", ["leaves", "SystemExit"]),
     ("ppo --reward user.py:lenght", ["user.py", "lenght", "Did you mean length?"]),
     ("ppo --reward nobody.py:length", ["nobody.py"]),

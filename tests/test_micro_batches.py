@@ -11,7 +11,7 @@ from accelerate import Accelerator, debug_launcher
 from accelerate.utils import DistributedType
 from test_update import TinyPolicy, forget_accelerators, parameters_of, rollout_of, sgd, update
 from tiny_runs import data, in_tmp_path, metrics_of, models, same_weights, without_times
-from transformers import GPT2Model
+from transformers import GPT2ForSequenceClassification, GPT2Model
 
 from ppo_rlhf.config import PPOConfig, RewardConfig, SFTConfig
 from ppo_rlhf.errors import UserError
@@ -224,7 +224,7 @@ RUN = {
 SUPERVISED = {"num_epochs": 0.5, "eval_fraction": 0.2}
 
 
-def train(stage, models, files, folder, micro_batch_size):
+def train(stage, models, files, folder, micro_batch_size, *, reward="user.py:length"):
     """A stage in `folder`; dropout acts in the supervised ones."""
     if stage == "sft":
         data = {"policy": models["dropout"], "data": files["demonstrations"]}
@@ -234,7 +234,7 @@ def train(stage, models, files, folder, micro_batch_size):
         data |= {"normalization_prompts": 8, "micro_batch_size": micro_batch_size}
         reward_model.train(RewardConfig(output_dir=folder, **RUN, **SUPERVISED, **data))
     else:
-        data = {"policy": models["gpt2"], "prompts": files["prompts"], "reward": "user.py:length"}
+        data = {"policy": models["gpt2"], "prompts": files["prompts"], "reward": reward}
         settings = PPOSettings(num_epochs=2, micro_batch_size=micro_batch_size)
         more = {"num_steps": 2, "max_eval_prompts": 4, "sampling": SAMPLING, "ppo": settings}
         ppo.train(PPOConfig(output_dir=folder, **RUN, **data, **more))
@@ -246,7 +246,10 @@ def train(stage, models, files, folder, micro_batch_size):
 def test_a_run_that_runs_out_of_memory_is_the_one_with_the_smaller_micro_batch(
     stage, most, saved, models, data, monkeypatch
 ):
-    """For `most` rows, four examples, there is memory: in training, and in PPO in the evaluation of a rollout too."""
+    """For `most` rows, four examples, there is memory: in training, and in PPO in the evaluation of a rollout too.
+
+    What is held out goes through in as many rows as the configuration says, 4 or all, which rounds otherwise.
+    """
     train(stage, models, data, "small", 4)
     forward = GPT2Model.forward
 
@@ -261,5 +264,34 @@ def test_a_run_that_runs_out_of_memory_is_the_one_with_the_smaller_micro_batch(
     with pytest.warns(UserWarning, match="micro_batch_size is 4 from now on") as told:
         train(stage, models, data, "large", None)
     assert len([warning for warning in told if "out of memory" in str(warning.message)]) == 1
-    assert without_times(metrics_of("large")) == without_times(metrics_of("small"))
+    trained, held_out = zip(*(apart(without_times(metrics_of(folder))) for folder in ("large", "small")), strict=True)
+    assert trained[0] == trained[1]
+    for one, other in zip(*held_out, strict=True):
+        assert one == pytest.approx(other, rel=1e-5, abs=1e-6)
     assert same_weights(f"large/{saved}", f"small/{saved}")
+
+
+def apart(rows):
+    """The numbers of training, and those of the evaluations."""
+    of_evaluations = [{name: x for name, x in row.items() if name.startswith("eval/")} for row in rows]
+    return [{name: x for name, x in row.items() if not name.startswith("eval/")} for row in rows], of_evaluations
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_no_more_rows_than_a_micro_batch_has_go_through_a_model_at_once_where_nothing_is_trained(
+    stage, models, data, monkeypatch
+):
+    config = tiny_runs.model(tiny_runs.tokenizer()).config
+    config.update({"num_labels": 1, "pad_token_id": 1})
+    rewarder = tiny_runs.save(Path("rewarder"), GPT2ForSequenceClassification(config), tiny_runs.tokenizer())
+    seen, forward = [], GPT2Model.forward
+
+    @functools.wraps(forward)
+    def watched_forward(self, input_ids=None, **others):
+        if others.get("packing") and not torch.is_grad_enabled():  # sampling packs nothing
+            seen.append(others["packing"].shape[0])
+        return forward(self, input_ids=input_ids, **others)
+
+    monkeypatch.setattr(GPT2Model, "forward", watched_forward)
+    train(stage, models, data, "run", 3, reward=rewarder)
+    assert max(seen) == 3

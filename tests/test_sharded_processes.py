@@ -23,12 +23,15 @@ PPO = (
 COMMANDS = {
     "sft": f"sft --policy {{gpt2}} --data {{demonstrations}} --batch_size 4 --num_epochs 0.75 {COMMON} "
     "--micro_batch_size 1",
+    # five or six demonstrations a step, in micro-batches of two: the second process has fewer of them
+    "sft_packed": f"sft --policy {{gpt2}} --data {{demonstrations}} --batch_tokens 65 --num_epochs 0.75 {COMMON} "
+    "--micro_batch_size 2",
     "reward": f"reward --policy {{gpt2}} --data {{rankings}} --batch_size 4 --num_epochs 0.75 {COMMON} {SAMPLING} "
     "--normalization_prompts 8 --language_model_coef 0.1",
     "ppo": f"{PPO} --reward user.py:vowels --num_steps 3",
     "ppo_separate": f"{PPO} --reward user.py:vowels --num_steps 3 --value_model separate",
 }
-MODELS = {"sft": "policy", "reward": "reward_model", "ppo": "policy", "ppo_separate": "policy"}
+MODELS = {"sft": "policy", "sft_packed": "policy", "reward": "reward_model", "ppo": "policy", "ppo_separate": "policy"}
 
 
 @pytest.mark.parametrize("stage", COMMANDS)

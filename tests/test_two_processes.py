@@ -166,11 +166,22 @@ def test_an_error_in_one_process_ends_the_run_of_both(rank, models, data, tmp_pa
     assert [row["step"] for row in metrics_of(tmp_path / "out")] == [0, 1]
 
 
-def test_a_pipeline_runs_in_two_processes(models, data, tmp_path):
+ASKS = """
+from user import annotate as judge
+
+def annotate(prompts, responses, *, seed):
+    with open("asked.txt", "a") as file:
+        file.write(f"{len(prompts)}\\n")
+    return judge(prompts, responses, seed=seed)
+"""
+
+
+def test_a_pipeline_runs_in_two_processes_and_asks_its_annotator_once(models, data, tmp_path):
+    (tmp_path / "asks.py").write_text(ASKS)
     words = (
         f"pipeline --output-dir out --sft.policy {models['gpt2']} --sft.data {data['demonstrations']} "
         f"--sft.batch_size 4 --sft.num_epochs 0.25 --sft.eval_fraction 0.2 --comparisons.prompts {data['prompts']} "
-        "--comparisons.annotator user.py:annotate --comparisons.num_prompts 13 --comparisons.sampling.max_new_tokens 6 "
+        "--comparisons.annotator asks.py:annotate --comparisons.num_prompts 13 --comparisons.sampling.max_new_tokens 6 "
         "--reward.batch_size 4 --reward.num_epochs 0.5 --reward.eval_fraction 0.25 --reward.normalization_prompts 4 "
         f"--reward.sampling.max_new_tokens 6 --ppo.prompts {data['prompts']} --ppo.num_steps 1 --ppo.batch_size 4 "
         "--ppo.max_eval_prompts 3 --ppo.sampling.max_new_tokens 6"
@@ -180,4 +191,5 @@ def test_a_pipeline_runs_in_two_processes(models, data, tmp_path):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary.keys() >= {"sft", "reward", "ppo", "seconds"}
     assert len(jsonl(tmp_path / "out" / "comparisons.jsonl")) == 13
+    assert (tmp_path / "asked.txt").read_text().split() == ["13"]
     assert (tmp_path / "out" / "report.html").exists()

@@ -6,6 +6,7 @@ each slice is widened, reduced and dropped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -92,7 +93,7 @@ class _HeadLogprobs(torch.autograd.Function):
             if of_entropy is zero:
                 gradient.mul_(-g)
             else:
-                log = gradient.log().clamp_(min=torch.finfo(gradient.dtype).min)
+                log = gradient.log().clamp_(min=_least_log(gradient.dtype))
                 gradient.mul_(log.add_(uncertainty).mul_(-e).sub_(g))
             # −p·g at the chosen token and then + g would round 1 − p away in bf16
             at_chosen = -torch.expm1(chosen) * g - chosen.exp() * (chosen + uncertainty) * e
@@ -144,7 +145,7 @@ def entropy_of(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
 
     def piece(logits: Tensor) -> Tensor:
         logprobs = _divided(logits, temperature).log_softmax(-1)
-        return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
+        return -(logprobs.exp() * logprobs.clamp(min=_least_log(logprobs.dtype))).sum(-1)
 
     return _by_slices(piece, logits)
 
@@ -157,6 +158,14 @@ def _by_slices(function: Callable[..., Tensor], logits: Tensor, *others: Tensor)
 
 def _widened(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _least_log(dtype: torch.dtype) -> float:
+    """Below the logarithm of any probability but 0, which it stands for: p·log p is 0 then, and its gradient is too.
+
+    −∞ or the least finite number would not do: a gradient above 1 makes −∞ of the latter, and 0·∞ is NaN.
+    """
+    return 2 * math.log(torch.finfo(dtype).tiny)
 
 
 def _divided(logits: Tensor, temperature: float) -> Tensor:

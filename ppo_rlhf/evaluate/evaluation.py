@@ -37,6 +37,7 @@ from ppo_rlhf.statistics import Estimate
 from ppo_rlhf.train.inputs import load_reference
 from ppo_rlhf.train.measured import measure
 from ppo_rlhf.train.sft import CompletionModule, example_losses
+from ppo_rlhf.train.supervised import evaluation_batch
 
 MEANS: tuple[str, ...] = ("score", "gold_score", "kl", "length")  # of responses
 Rewards = dict[str, RewardFunction]  # by the name of their scores, `score` and `gold_score`
@@ -258,6 +259,7 @@ def measured_rows(asked: Asked, batch: list[tuple[int, int]], rewards: Rewards, 
         reference=asked.reference,
         rewards=rewards,
         must_be_finite=True,
+        micro_batch_size=subject.micro_batch_size,
     )
     return measured.rows()
 
@@ -268,7 +270,8 @@ def perplexity_on(source: str, subject: Subject, seed: int) -> Estimate:
     examples = demonstrations(rows, subject.tokenizer, longest=longest, too_long="left", setting="--text")
     if len(examples) < 2:
         raise UserError(f"--text: an interval needs at least 2 texts, but {source} has 1.")
-    return perplexity_estimate(example_losses(CompletionModule(subject.policy), examples, subject.policy.device), seed)
+    module, size = CompletionModule(subject.policy), evaluation_batch(subject.micro_batch_size)
+    return perplexity_estimate(example_losses(module, examples, subject.policy.device, batch_size=size), seed)
 
 
 # ------------------------------------------------------------------------------------------------ what is found

@@ -36,6 +36,11 @@ class Subject:
     sampling: SamplingSettings
     task: dict[str, Any]  # the configuration of the PPO run by whose prompts and reward it is measured
 
+    @property
+    def micro_batch_size(self) -> int | None:
+        """Rows of one forward, as that run has it; None: all that there are."""
+        return self.task.get("ppo", {}).get("micro_batch_size")
+
 
 def load_subject(name: str, task: str, settings: EvaluationSettings) -> Subject:
     """The policy of a run or a pipeline, of a folder, or of a name on the Hub, on the GPU where there is one.

@@ -7,7 +7,7 @@ from ppo_rlhf.rewards.functions import RewardFunction, Scores, score, wants_toke
 from ppo_rlhf.rewards.http_reward import HTTPReward
 from ppo_rlhf.rewards.load import load_reward
 from ppo_rlhf.rewards.model import RewardModel, ScoringNetwork
-from ppo_rlhf.rewards.shaping import ScoreMoments, reference_moments, shaped, with_batch
+from ppo_rlhf.rewards.shaping import ScoreMoments, is_constant, reference_moments, shaped, with_batch
 from ppo_rlhf.rewards.verifiers import arithmetic, exact_match, json_schema, regular_expression
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "WeightedSum",
     "arithmetic",
     "exact_match",
+    "is_constant",
     "json_schema",
     "load_reward",
     "models_in",

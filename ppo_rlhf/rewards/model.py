@@ -83,8 +83,7 @@ class RewardModel:
     def load(
         cls, source: str | Path, *, setting: str, device: torch.device | str = "cpu", **arguments: Any
     ) -> RewardModel:
-        """A saved reward model, or a language model with a new head; arguments: batch_size, chat_template. On the meta
-        device its weights are not read.
+        """A saved reward model; arguments: batch_size, chat_template. On the meta device its weights are not read.
 
         Raises UserError when it cannot be loaded.
         """
@@ -158,10 +157,14 @@ class RewardModel:
 
     @torch.no_grad()
     def raw_scores(self, encoded: Sequence[Sequence[int]]) -> Tensor:
-        """Scores before normalisation, (N,) float32; no dropout acts. Texts of like length are scored together."""
+        """Scores before normalisation, (N,) float32; no dropout acts. Texts of like length are scored together.
+
+        In the type of the weights, also under autocast: the scores of a rollout, of an evaluation, and those that mean
+        and scale are set by come from the same arithmetic.
+        """
         scores = torch.zeros(len(encoded))
         by_length = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
-        with evaluating(self.network):
+        with evaluating(self.network), torch.autocast(self.device.type, enabled=False):
             for start in range(0, len(encoded), self.batch_size):
                 rows = by_length[start : start + self.batch_size]
                 scores[rows] = self.network(*right_padded([encoded[row] for row in rows], self.device))[0].cpu()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ppo_rlhf.core import masked_moments, merged_moments
 from ppo_rlhf.core.masked import EPSILON, SumAcross
+from ppo_rlhf.errors import UserError
 from ppo_rlhf.reward_settings import ScoreShaping
 from ppo_rlhf.rewards.functions import Scores
 
@@ -16,8 +17,22 @@ ScoreMoments = tuple[float, float, float]  # mean, variance, and the number of s
 
 
 def reference_moments(before: Mapping[str, float], count: int) -> ScoreMoments:
-    """Those of the starting policy, from its evaluation on `count` held-out prompts."""
-    return before["eval/score"], before["eval/score_std"] ** 2, count
+    """Those of the starting policy, from its evaluation on `count` held-out prompts.
+
+    Raises UserError for scores without spread, by which nothing can be scaled.
+    """
+    mean, std = before["eval/score"], before["eval/score_std"]
+    if is_constant(mean, std):
+        raise UserError(
+            f"score_shaping.normalize=reference: the starting policy's {count} held-out scores are all {mean:g}, and "
+            "have no standard deviation to divide by; use none, or running."
+        )
+    return mean, std**2, count
+
+
+def is_constant(mean: float, std: float) -> bool:
+    """Whether scores of this mean and standard deviation differ by no more than what float32 rounds."""
+    return std <= 1e-6 * max(1.0, abs(mean))
 
 
 def with_batch(moments: ScoreMoments, scores: Tensor, *, sum_across: SumAcross) -> ScoreMoments:

@@ -125,11 +125,12 @@ def save_checkpoint(folder: Path, state: LoopState, accelerator: Accelerator, *,
 
 
 def load_checkpoint(folder: Path, accelerator: Accelerator) -> LoopState | None:
-    """Loads the latest checkpoint whose files are whole; None where there is none.
+    """Loads the latest checkpoint whose files are whole; None where there is no checkpoint at all.
 
-    Raises UserError for a checkpoint of another model.
+    Raises UserError where all are damaged, and for a checkpoint of another model.
     """
-    for path in reversed(checkpoints_in(folder)):
+    found = checkpoints_in(folder)
+    for path in reversed(found):
         if is_whole(path):
             try:
                 accelerator.load_state(str(path))
@@ -141,6 +142,10 @@ def load_checkpoint(folder: Path, accelerator: Accelerator) -> LoopState | None:
             tensors = path / "loop.safetensors"
             numbers = {name: tuple(x) if isinstance(x, list) else x for name, x in numbers.items()}
             return LoopState(**{**numbers, "tensors": load_file(tensors) if tensors.exists() else {}})
+        if path == found[0]:
+            raise UserError(
+                f"every checkpoint in {folder} is damaged; put a whole one there, or remove them to begin anew."
+            )
         accelerator.print(f"checkpoint {path} is damaged; the one before it is used.", file=sys.stderr)
     return None
 

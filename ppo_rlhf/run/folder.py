@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from torch import Tensor
 
 from ppo_rlhf.errors import Interrupted, UserError
 from ppo_rlhf.run.checkpoints import (
@@ -197,9 +198,9 @@ class Run:
             with told_if_unwritable(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 self._lock = lock(folder)
-            (folder / "summary.json").unlink(missing_ok=True)  # before all else: a run that goes on is not finished
-            write_config(folder, config)
-            write_text(folder / "environment.json", json.dumps(_environment(config, kind, accelerator), indent=1))
+                (folder / "summary.json").unlink(missing_ok=True)  # before all else: a run that goes on is not finished
+                write_config(folder, config)
+                write_text(folder / "environment.json", json.dumps(_environment(config, kind, accelerator), indent=1))
         accelerator.wait_for_everyone()
         if accelerator.log_with:
             accelerator.init_trackers(kind)
@@ -257,13 +258,15 @@ class Run:
         """Lines of bad_samples.jsonl: what a skipped step was to learn from, each with its step."""
         self._append(BAD_SAMPLES, rows)
 
-    def save_checkpoint(self, state: LoopState) -> None:
+    def save_checkpoint(self, state: LoopState, more: Callable[[], Mapping[str, Tensor]] = dict) -> None:
         """A checkpoint of all that was prepared by the accelerator, and the loop's state.
 
-        None while updates are skipped, so that the one from before is kept.
+        None while updates are skipped, so that the one from before is kept. more: tensors of the loop that are made for
+        a checkpoint alone, by all processes together.
         """
         if self._skips:
             return
+        state = replace(state, tensors={**state.tensors, **more()})
         folder = self.folder / "checkpoints"
         with told_if_unwritable(folder / f"step_{state.step:06d}"):
             save_checkpoint(folder, state, self.accelerator, keep=self.config.keep_checkpoints)
@@ -303,10 +306,10 @@ class Run:
                 write_text(self.folder / "summary.json", complete)
         return {**json.loads(complete), "output_dir": str(self.folder)}
 
-    def stop_if_asked(self, state: LoopState) -> None:
+    def stop_if_asked(self, state: LoopState, more: Callable[[], Mapping[str, Tensor]] = dict) -> None:
         """The end of a step: after a signal saves a checkpoint and raises Interrupted, in all processes.
 
-        The command then exits with 128 + the signal's number.
+        more: as in `save_checkpoint`. The command then exits with 128 + the signal's number.
         """
         asked = self._stop.signal
         if self.accelerator.num_processes > 1:
@@ -315,7 +318,7 @@ class Run:
         if not asked:
             return
         if self._saved != state.step:
-            self.save_checkpoint(state)
+            self.save_checkpoint(state, more)
         way_on = f"--resume --output-dir {self.folder} goes on from the last checkpoint."
         raise Interrupted(f"stopped after step {state.step}; {way_on}", 128 + asked)
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, gather_object
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -31,11 +32,14 @@ def make_accelerator(folder: Path | None, *, precision: str, log_with: Sequence[
     folder: where trackers write; None: nowhere.
 
     Raises UserError when a launcher started several processes that Accelerate does not see, since each would silently
-    train alone; and for an unknown tracker.
+    train alone; and for a tracker that is unknown or not installed.
     """
+    installed = {"all", *(tracker.value for tracker in get_available_trackers())}
     for name in log_with:
         if name not in LoggerType.list():
             raise UserError(f"log_with: there is no tracker {name!r}.{did_you_mean(name, LoggerType.list())}")
+        if name not in installed:  # Accelerate would track nothing
+            raise UserError(f"log_with: {name} needs its package, which is not installed: pip install {name}.")
     if precision == "fp16" and not torch.accelerator.is_available():
         raise UserError("precision=fp16 needs a GPU; use bf16, or no.")
     keep_freed_memory()

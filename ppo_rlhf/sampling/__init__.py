@@ -3,7 +3,7 @@
 from ppo_rlhf.sampling.decoding import decode
 from ppo_rlhf.sampling.responses import Responses, pieces_of, responses_of, texts_of
 from ppo_rlhf.sampling.sampler import FinishedRows, Sampler, sample, stream
-from ppo_rlhf.sampling.tokens import draw, stop_ids_of, warn_of_truncation
+from ppo_rlhf.sampling.tokens import check_stop_ids, draw, stop_ids_of, warn_of_truncation
 from ppo_rlhf.settings import SamplingSettings
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Responses",
     "Sampler",
     "SamplingSettings",
+    "check_stop_ids",
     "decode",
     "draw",
     "pieces_of",

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ppo_rlhf.core import top_k_filter, top_p_filter
+from ppo_rlhf.errors import UserError
 from ppo_rlhf.settings import SamplingSettings
 
 
@@ -38,6 +39,16 @@ def stop_ids_of(settings: SamplingSettings, tokenizer: PreTrainedTokenizerBase) 
     """The ids that end a response: those of the settings, else the tokenizer's eos."""
     ids: Sequence[int] = settings.stop_token_ids or (tokenizer.eos_token_id,)
     return list(ids)
+
+
+def check_stop_ids(settings: SamplingSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError for a stop id that is no token's, at which nothing would ever stop."""
+    for token in settings.stop_token_ids:
+        if not 0 <= token < len(tokenizer):
+            raise UserError(
+                f"sampling.stop_token_ids: {token} is not an id of the tokenizer, whose {len(tokenizer)} tokens count "
+                "from 0."
+            )
 
 
 def stop_strings_end(

@@ -13,8 +13,8 @@ PLACE = "average/"  # of the weights among a loop's tensors
 
 @torch.no_grad()
 def moving_average(tensors: Mapping[str, Tensor], module: nn.Module, decay: float) -> dict[str, Tensor]:
-    """w̄ ← decay · w̄ + (1 − decay) · w of each weight, by its name; a copy of the weights where there is no w̄ yet."""
-    weights = {PLACE + name: weight for name, weight in module.named_parameters()}
+    """w̄ ← decay · w̄ + (1 − decay) · w of each trained weight, by its name; a copy of it where there is no w̄ yet."""
+    weights = {PLACE + name: weight for name, weight in module.named_parameters() if weight.requires_grad}
     if not weights.keys() <= tensors.keys():
         return {name: weight.detach().clone() for name, weight in weights.items()}
     return {name: torch.lerp(tensors[name].to(weight), weight, 1 - decay) for name, weight in weights.items()}

@@ -30,7 +30,9 @@ def policy_with_tokenizer(
     *,
     what: str,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The given policy and tokenizer where both are given, else those that the configuration names."""
+    """The given policy and tokenizer, else those that the configuration names. Raises UserError for one of the two."""
+    if (policy is None) != (tokenizer is None):
+        raise UserError("policy and tokenizer go together: give both, or neither, and `policy` in the configuration.")
     if policy is None or tokenizer is None:
         source = named(config.policy, "policy", what)
         trusted, bits = config.trust_remote_code, config.lora.base_bits

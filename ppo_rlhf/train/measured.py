@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ppo_rlhf.policy import response_logprobs
 from ppo_rlhf.prompts import PromptBatch, Prompts
 from ppo_rlhf.rewards import RewardFunction, Scores
-from ppo_rlhf.rollout import inputs_of
+from ppo_rlhf.rollout import in_pieces, inputs_of
 from ppo_rlhf.sampling import Responses, sample
 from ppo_rlhf.settings import SamplingSettings
 from ppo_rlhf.train.scoring import scores_of
@@ -73,10 +73,12 @@ def measure(
     reference: PreTrainedModel | None,
     rewards: Mapping[str, RewardFunction],
     must_be_finite: bool,
+    micro_batch_size: int | None = None,
 ) -> Measured:
     """Samples a response to each of these prompts by its line of noise, and scores it by each of the rewards.
 
-    must_be_finite: a score that is not raises UserError.
+    must_be_finite: a score that is not raises UserError. micro_batch_size: responses of one forward, for memory alone;
+    None: all.
     """
     batch = prompts.batch(numbers, policy.device)
     responses = sample(policy, tokenizer, batch, sampling, noise)
@@ -87,7 +89,9 @@ def measure(
     }
     if reference is None:
         return Measured(batch, responses, scores, None, None)
-    inputs, temperature = inputs_of(batch, responses), sampling.temperature
-    logprobs = response_logprobs(policy, inputs, temperature=temperature)
-    ref_logprobs = response_logprobs(reference, inputs, temperature=temperature)
+    pieces = in_pieces(inputs_of(batch, responses), micro_batch_size)
+    logprobs, ref_logprobs = (
+        torch.cat([response_logprobs(model, piece, temperature=sampling.temperature) for piece in pieces])
+        for model in (policy, reference)
+    )
     return Measured(batch, responses, scores, logprobs, ref_logprobs)

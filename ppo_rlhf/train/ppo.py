@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from ppo_rlhf.train import Callback
 from ppo_rlhf.train.averaging import averaged, moving_average
 from ppo_rlhf.train.bad_samples import bad_samples
 from ppo_rlhf.train.extensions import Extensions, load_extensions
-from ppo_rlhf.train.ppo_batch import Batch, Scoring, prompts_of, restored_batch, scoring_thread, with_batch_ahead
+from ppo_rlhf.train.ppo_batch import Batch, Scoring, prompts_of, restored_batch, scoring_thread, tensors_of
 from ppo_rlhf.train.ppo_credit import AdvantageEstimator, RewardShaping, response_advantages
 from ppo_rlhf.train.ppo_evaluation import Outcome, evaluate_held_out, summary_of
 from ppo_rlhf.train.ppo_parts import Parts, load_parts
@@ -84,20 +85,20 @@ def train(
     extensions = load_extensions(config, sampler, reward_shaping, advantage, callbacks)
     parts = load_parts(config, accelerator, policy, tokenizer, reference, reward, gold, prompts, extensions)
     # Before the folder is made: a reward function that fails leaves nothing behind.
-    before = None if config.resume else evaluated_before(parts, config, accelerator)
+    first = None if config.resume else first_state(parts, config, accelerator)
     apart = parts.model.value_parameters()
     optimizer = make_optimizer(parts.model, config.optimizer, apart=apart, lr_apart=config.value_lr)
     model, optimizer = accelerator.prepare(parts.model, optimizer)
     with start.run(num_steps=config.num_steps) as run, scoring_thread() as worker:
         state = run.resume()
         if state is None:
-            before = before or evaluated_before(parts, config, accelerator)
-            state = with_average(first_state(before, config), model, parts, config)
+            state, before = first or first_state(parts, config, accelerator)
+            state = with_average(state, model, parts, config)
             run.log(0, before.metrics)
             run.log_held_out(0, before.rows)
         for line in (compute.message, *parts.prompts.told()):
             run.progress.tell(line)
-        ahead = restored_batch(state.tensors, state.step, parts, config, accelerator)
+        state, ahead = restored_batch(state, parts, config, accelerator)
 
         while state.step < config.num_steps:
             reset_peak_memory(accelerator.device)
@@ -110,30 +111,28 @@ def train(
             run.log_samples(samples)
             run.log_bad_samples(bad)
             kl_coef = next_kl_coef(state.kl_coef, metrics["objective/kl"], config)
-            tensors = with_batch_ahead(state.tensors, ahead)
-            state = replace(state, step=state.step + 1, kl_coef=kl_coef, tensors=tensors)
+            state = replace(state, step=state.step + 1, kl_coef=kl_coef)
             state = with_average(state, model, parts, config)
-            state = evaluate_and_save(run, state, metrics, parts, config)
+            state = evaluate_and_save(run, state, metrics, ahead, parts, config)
             for callback in extensions.callbacks:
                 callback(state.step, metrics)
-            run.stop_if_asked(state)
+            run.stop_if_asked(state, partial(tensors_of, ahead))
 
         summary = summary_of(state.before, state.after)
         save_models(run, state, model, parts, config, summary)
         return run.finish(summary)
 
 
-def evaluated_before(parts: Parts, config: PPOConfig, accelerator: Accelerator) -> Outcome:
-    """The policy that the run starts from, on the held-out prompts."""
-    return evaluate_held_out(parts, config, accelerator, LoopState(kl_coef=config.kl_coef))
+def first_state(parts: Parts, config: PPOConfig, accelerator: Accelerator) -> tuple[LoopState, Outcome]:
+    """The state before the first step, and the policy that the run starts from on the held-out prompts.
 
-
-def first_state(before: Outcome, config: PPOConfig) -> LoopState:
-    """The state before the first step; scores that are normalised by the reference have its moments from there on."""
+    Scores that are normalised by the reference have its moments from there on. Raises UserError where it gives none.
+    """
+    before = evaluate_held_out(parts, config, accelerator, LoopState(kl_coef=config.kl_coef))
     state = LoopState(kl_coef=config.kl_coef, before=before.metrics)
     if config.score_shaping.normalize == "reference":
         state = replace(state, score_moments=reference_moments(before.metrics, len(before.rows)))
-    return state
+    return state, before
 
 
 def save_models(
@@ -353,11 +352,13 @@ def next_kl_coef(kl_coef: float, kl: float, config: PPOConfig) -> float:
 
 
 def evaluate_and_save(
-    run: Run, state: LoopState, metrics: dict[str, float], parts: Parts, config: PPOConfig
+    run: Run, state: LoopState, metrics: dict[str, float], ahead: Batch | None, parts: Parts, config: PPOConfig
 ) -> LoopState:
     """The end of a step: evaluation where one is due, the best policy kept, metrics logged, a checkpoint where due."""
     last = state.step == config.num_steps
     if last or (config.eval_every and state.step % config.eval_every == 0):
+        if ahead is not None:
+            ahead.scores()  # are there then: rewards are called one after the other
         outcome = evaluate_held_out(parts, config, run.accelerator, state, must_be_finite=False)
         metrics |= outcome.metrics
         run.log_held_out(state.step, outcome.rows)
@@ -368,5 +369,5 @@ def evaluate_and_save(
                 run.save_model("best", lambda path: parts.save_policy(path, config, outcome.metrics))
     run.log(state.step, metrics)
     if last or (config.save_every and state.step % config.save_every == 0):
-        run.save_checkpoint(state)
+        run.save_checkpoint(state, partial(tensors_of, ahead))
     return state

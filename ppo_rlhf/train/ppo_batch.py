@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from ppo_rlhf.config import PPOConfig
 from ppo_rlhf.prompts import PromptBatch
 from ppo_rlhf.rewards import Scores
 from ppo_rlhf.rollout import Rollout, inputs_of
-from ppo_rlhf.run import gathered, share_of
+from ppo_rlhf.run import LoopState, gathered, share_of
 from ppo_rlhf.sampling import Responses, texts_of
 from ppo_rlhf.train.ppo_parts import Parts
 from ppo_rlhf.train.ppo_records import Clock
@@ -110,7 +110,7 @@ def joined(pieces: Sequence[Scores], order: Tensor) -> Scores:
 def tensors_of(batch: Batch | None) -> dict[str, Tensor]:
     """All of a batch that a resumed run cannot find again, whose policy has moved on: of all processes, each (B, …).
 
-    Waits for the scores. Nothing of None.
+    Waits for the scores; all processes call it together. Nothing of None.
     """
     if batch is None:
         return {}
@@ -137,22 +137,21 @@ def _widened(piece: dict[str, Tensor], name: str, widest: int) -> Tensor:
     return F.pad(piece[name], (0, missing)) if piece[name].dim() == 2 else piece[name]
 
 
-def with_batch_ahead(tensors: dict[str, Tensor], batch: Batch | None) -> dict[str, Tensor]:
-    """A loop's tensors, with those of the batch that was sampled ahead, if there is one, in the place of the last."""
-    return {name: x for name, x in tensors.items() if not name.startswith(PLACE)} | tensors_of(batch)
-
-
 def restored_batch(
-    tensors: dict[str, Tensor], step: int, parts: Parts, config: PPOConfig, accelerator: Accelerator
-) -> Batch | None:
-    """This process's share of the batch that `tensors_of` saved before this step; None where it saved none."""
-    tensors = {name.removeprefix(PLACE): x for name, x in tensors.items() if name.startswith(PLACE)}
+    state: LoopState, parts: Parts, config: PPOConfig, accelerator: Accelerator
+) -> tuple[LoopState, Batch | None]:
+    """The state without the batch of the next step that was saved with it, and this process's share of that batch.
+
+    None where none was saved.
+    """
+    tensors = {name.removeprefix(PLACE): x for name, x in state.tensors.items() if name.startswith(PLACE)}
     if not tensors:
-        return None
+        return state, None
+    state = replace(state, tensors={name: x for name, x in state.tensors.items() if not name.startswith(PLACE)})
     own = {name: x[share_of(config.batch_size, accelerator)].to(accelerator.device) for name, x in tensors.items()}
     width = int(own["mask"].sum(1).max())
     own = {name: x[:, : width + (name == "values")] if x.dim() == 2 else x for name, x in own.items()}
-    prompts = prompts_of(step, parts, config, accelerator)
+    prompts = prompts_of(state.step, parts, config, accelerator)
     texts = texts_of(own["ids"], own["mask"], parts.tokenizer)
     responses = Responses(own["ids"], own["mask"], own["finished"], texts, own.get("sampled_logprobs"))
     rollout = Rollout(
@@ -168,4 +167,4 @@ def restored_batch(
         elif kind == "seconds":
             laps[rest] = float(x[0])
     saved = [Scores(each.pop(""), each, own.get(f"dense/{number}")) for number, each in enumerate(scores) if each]
-    return Batch(prompts, responses, rollout, scores=lambda: saved, clock=Clock(laps))
+    return state, Batch(prompts, responses, rollout, scores=lambda: saved, clock=Clock(laps))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -15,13 +16,13 @@ from ppo_rlhf.config import PPOConfig
 from ppo_rlhf.measures import distinct_n
 from ppo_rlhf.models import evaluating
 from ppo_rlhf.policy import Inputs
-from ppo_rlhf.rewards import Scores, shaped
-from ppo_rlhf.rollout import inputs_of
+from ppo_rlhf.rewards import ScoreMoments, Scores, is_constant, shaped
+from ppo_rlhf.rollout import in_pieces, inputs_of
 from ppo_rlhf.run import SAMPLES_KEPT, LoopState, gathered, share_of, whole_weights
 from ppo_rlhf.seeding import uniform_rows
 from ppo_rlhf.train.averaging import averaged
 from ppo_rlhf.train.measured import measure
-from ppo_rlhf.train.ppo_credit import response_gae
+from ppo_rlhf.train.ppo_credit import missing_eos_rule, response_advantages, response_gae
 from ppo_rlhf.train.ppo_parts import Parts
 from ppo_rlhf.train.ppo_records import token_numbers
 
@@ -32,7 +33,7 @@ class Outcome:
 
     metrics: dict[str, float]  # eval/…
     rows: list[dict[str, Any]]  # a response each, in the order of the prompts
-    quality: float  # what the best policy maximises: shaped score − β·KL, with the β that the run starts with
+    quality: float  # what the best policy maximises
 
 
 @torch.no_grad()
@@ -47,9 +48,9 @@ def evaluate_held_out(
     """Samples a response to every held-out prompt, at the run's temperature, and measures what the run is about.
 
     Scores are raw: before they are shaped, the rule for a missing eos and the KL penalty. KL is per response, in nats.
-    state: whose average weights are evaluated, where it has some, by whose moments scores are normalised for the
-    quality, and with whose β the first few responses are shown, token by token. must_be_finite: a score that is not
-    raises UserError, as it should before a run and not in its tenth hour.
+    state: whose average weights are evaluated, where it has some, and with whose β and moments of the scores the first
+    few responses are shown, token by token. must_be_finite: a score that is not raises UserError, as it should before a
+    run and not in its tenth hour.
     """
     numbers = range(len(parts.eval_prompts))[share_of(len(parts.eval_prompts), accelerator)]
     rows: list[dict[str, Any]] = []
@@ -75,9 +76,29 @@ def evaluate_held_out(
         metrics |= {"eval/gold_score": float(gold.mean()), "eval/gold_score_std": float(gold.std(correction=0))}
         metrics["eval/gold_correlation"] = rank_correlation(scores, gold)
     metrics["eval/reference_norm"] = weight_norm(parts.reference)
-    lengths = torch.tensor([row["length"] for row in rows])
-    paid = shaped(Scores(scores, {}), lengths, config.score_shaping, state.score_moments).total
-    return Outcome(metrics, rows, quality=float(paid.double().mean()) - config.kl_coef * metrics["eval/kl"])
+    return Outcome(metrics, rows, quality_of(rows, config, state.score_moments, state.before or metrics))
+
+
+def quality_of(
+    rows: Sequence[Mapping[str, Any]], config: PPOConfig, moments: ScoreMoments, before: Mapping[str, float]
+) -> float:
+    """Mean of the scores as they are paid, less β·KL, by a measure that is the same all through the run:
+
+    β is the one that the run starts with, and running moments, which would move under it, give way to those of the
+    starting policy. A missing eos counts by its rule; where that leaves responses unscored the mean is of the others,
+    and −∞ where there are none.
+    """
+    scores, lengths, finished = (torch.tensor([row[name] for row in rows]) for name in ("score", "length", "finished"))
+    shaping = config.score_shaping
+    if shaping.normalize == "running":
+        mean, std = before["eval/score"], before["eval/score_std"]
+        moments = (mean, 1.0 if is_constant(mean, std) else std**2, len(rows))
+        shaping = replace(shaping, clip=None)  # around the mean of its time
+    paid = shaped(Scores(scores.double(), {}), lengths, shaping, moments).total
+    paid = missing_eos_rule(paid, finished, config.missing_eos)
+    if config.missing_eos.rule == "bootstrap":
+        paid = paid[finished]
+    return float(paid.mean() if len(paid) else -torch.inf) - config.kl_coef * _mean([row["kl"] for row in rows])
 
 
 def _evaluate_batch(
@@ -97,6 +118,7 @@ def _evaluate_batch(
         reference=parts.reference,
         rewards={"score": parts.reward, **({} if parts.gold is None else {"gold_score": parts.gold})},
         must_be_finite=must_be_finite,
+        micro_batch_size=parts.micro_batch.size,
     )
     rows, responses = measured.rows(), measured.responses
     kept = sum(number < SAMPLES_KEPT for number in numbers)  # what samples.jsonl shows, token by token
@@ -125,12 +147,18 @@ def _evaluate_batch(
 def _judged(inputs: Inputs, rewards: Tensor, parts: Parts, config: PPOConfig) -> dict[str, Tensor]:
     """What PPO would make of each token, were it to train on it; advantages are those before whitening. (B, T) each.
 
-    All responses count as terminated, those too that were cut off.
+    All responses count as terminated, those too that were cut off. Estimators other than GAE may compare a response
+    with others of its rollout: they leave out advantages and returns, and without a value function there are no values.
     """
-    evaluation, mask = parts.model(**inputs), inputs["response_mask"]
-    values = torch.cat([evaluation.values, evaluation.values.new_zeros(len(mask), 1)], dim=1)
-    advantages, returns = response_gae(rewards, values, mask, mask.any(1), gamma=config.gamma, lam=config.gae_lambda)
-    return {"entropy": evaluation.entropy, "values": evaluation.values, "advantages": advantages, "returns": returns}
+    evaluations = [parts.model(**piece) for piece in in_pieces(inputs, parts.micro_batch.size)]
+    judged = {"entropy": torch.cat([evaluation.entropy for evaluation in evaluations])}
+    if config.has_values:
+        judged["values"] = torch.cat([evaluation.values for evaluation in evaluations])
+    if config.advantage == "gae" and parts.extensions.advantage is response_advantages:
+        mask, values = inputs["response_mask"], F.pad(judged["values"], (0, 1))
+        discounts = {"gamma": config.gamma, "lam": config.gae_lambda}
+        judged["advantages"], judged["returns"] = response_gae(rewards, values, mask, mask.any(1), **discounts)
+    return judged
 
 
 def rank_correlation(one: Tensor, other: Tensor) -> float:

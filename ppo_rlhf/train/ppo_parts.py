@@ -31,7 +31,7 @@ from ppo_rlhf.policy import PolicyWithValue, TokenValues
 from ppo_rlhf.prompts import Prompts
 from ppo_rlhf.references import is_reference
 from ppo_rlhf.rewards import RewardFunction, RewardModel, load_reward, models_in
-from ppo_rlhf.sampling import stop_ids_of
+from ppo_rlhf.sampling import check_stop_ids, stop_ids_of
 from ppo_rlhf.train.extensions import Extensions, load_extensions
 from ppo_rlhf.train.inputs import load_reference, named, policy_with_tokenizer
 from ppo_rlhf.train.pretraining import load_texts
@@ -99,18 +99,23 @@ def load_parts(
             f"{accelerator.num_processes} processes."
         )
     policy, tokenizer = policy_with_tokenizer(config, policy, tokenizer, what="the supervised policy to start from")
+    check_stop_ids(config.sampling, tokenizer)
     ready_policy(policy, config, accelerator)
     loaded: list[nn.Module] = []  # frozen models that nobody else holds
+    reward_models: list[RewardModel] = []
     if reference is None:
         reference = frozen_reference(config, policy, tokenizer)
         loaded.append(reference)
     if reward is None:
         source = named(config.reward, "reward", "a reward model's folder, or module:function")
         reward = load_reward(source, setting="reward", device=accelerator.device)
-        loaded += [model.classifier for model in models_in(reward)]
+        reward_models += models_in(reward)
     if gold is None and config.gold is not None:
         gold = load_reward(config.gold, setting="gold", device=accelerator.device)
-        loaded += [model.classifier for model in models_in(gold)]
+        reward_models += models_in(gold)
+    for model in reward_models:
+        model.batch_size = min(model.batch_size, config.ppo.micro_batch_size or model.batch_size)
+        loaded.append(model.classifier)
     longest = context_length(policy) - config.sampling.max_new_tokens
     longest -= config.missing_eos.rule == "bootstrap"  # for the token after the last
     texts = load_texts(config, tokenizer, longest=context_length(policy))
@@ -122,9 +127,8 @@ def load_parts(
     if config.frozen_precision == "bf16":
         for each in loaded:
             each.to(torch.bfloat16)
-    model = policy_with_value(config, policy, value_model, accelerator)
     return Parts(
-        model=model,
+        model=policy_with_value(config, policy, value_model, accelerator),
         tokenizer=tokenizer,
         reference=reference.to(accelerator.device),
         reward=reward,
@@ -167,15 +171,32 @@ def policy_with_value(
         with_values=config.has_values,
     )
     source = config.value_head or config.policy
-    if value_model is None and source is not None and not is_reference(source):
-        weights = load_value_head(source)
-        if weights is None and config.value_head is not None:
-            raise UserError(f"value_head: {source} has no v_head.summary.weight; leave it out, to start from zero.")
-        if weights is not None:
-            model.set_value_head(*weights)
+    if model.value_head is not None and source is not None and not is_reference(source):
+        start_value_head(model.value_head, source, required=config.value_head is not None)
     if config.gradient_checkpointing:
         model.checkpoint_activations()
     return model.to(accelerator.device).train()  # dropout is 0; gradient checkpointing acts in this mode alone
+
+
+@torch.no_grad()
+def start_value_head(head: nn.Linear, source: str, *, required: bool) -> None:
+    """Gives the value head the weights of the one in a folder, in place; without one it stays as it is.
+
+    Raises UserError for one of another width, and where one is required for a folder without one.
+    """
+    found = load_value_head(source)
+    if found is None:
+        if required:
+            raise UserError(f"value_head: {source} has no v_head.summary.weight; leave it out, to start from zero.")
+        return
+    weight, bias = found
+    if weight.shape != head.weight.shape:
+        raise UserError(
+            f"value_head: {source} has one on hidden states of {weight.shape[-1]} numbers, and the policy's have "
+            f"{head.in_features}; give one of such a policy."
+        )
+    head.weight.copy_(weight)
+    head.bias.copy_(bias)
 
 
 def value_model_of(

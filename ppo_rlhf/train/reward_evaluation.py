@@ -25,8 +25,7 @@ def evaluate_held_out(
 ) -> HeldOut:
     """Scores every held-out response, raw, and compares with the labels, and with the gold order where there is one."""
     mine = share_of(len(held_out), accelerator)
-    with accelerator.autocast():
-        flat = reward_model.raw_scores([line for lines in held_out.encoded[mine] for line in lines]).tolist()
+    flat = reward_model.raw_scores([line for lines in held_out.encoded[mine] for line in lines]).tolist()
     gathered_scores = iter(gathered(flat))
     scores = [[next(gathered_scores) for _ in ranking.responses] for ranking in held_out.rankings]
     return HeldOut(held_out_metrics(scores, held_out.rankings, gold_orders), pair_samples(scores, held_out.rankings))

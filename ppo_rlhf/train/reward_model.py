@@ -22,15 +22,15 @@ from ppo_rlhf.data import Rows, comparisons, held_out, load_rows, stream
 from ppo_rlhf.model_card import model_card
 from ppo_rlhf.models import context_length, right_padded
 from ppo_rlhf.prompts import Prompts
-from ppo_rlhf.rewards import RewardFunction, RewardModel, ScoringNetwork, load_reward
+from ppo_rlhf.rewards import RewardFunction, RewardModel, ScoringNetwork, is_constant, load_reward
 from ppo_rlhf.run import begin
-from ppo_rlhf.sampling import sample
+from ppo_rlhf.sampling import check_stop_ids, sample
 from ppo_rlhf.seeding import uniform_rows
 from ppo_rlhf.train import Callback
 from ppo_rlhf.train.inputs import policy_with_tokenizer, training_and_held_out
 from ppo_rlhf.train.rankings import EncodedRankings, fitting, pair_tensors, rankings_of
 from ppo_rlhf.train.reward_evaluation import Order, evaluate_held_out, gold_pairs
-from ppo_rlhf.train.supervised import HeldOut, Task, batch_of, fit, num_steps_of
+from ppo_rlhf.train.supervised import HeldOut, Task, batch_of, evaluation_batch, fit, num_steps_of
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,9 @@ def train(
         for line in parts.training.told():
             run.progress.tell(line)
         state = fit(parts.module, task, config, config.optimizer, run, num_steps=num_steps, callbacks=callbacks)
-        best = normalized(RewardModel.load(run.folder / "best", setting="best", device=accelerator.device), parts)
+        size = parts.reward_model.batch_size
+        best = RewardModel.load(run.folder / "best", setting="best", device=accelerator.device, batch_size=size)
+        normalize(best, parts.own_samples)
         outcome = outcome_of(state.before, state.after, best)
         run.save_model("reward_model", lambda path: save_with_card(best, path, config, outcome))
         summary = run.finish(outcome)
@@ -108,6 +110,7 @@ def load_parts(
     policy, tokenizer = policy_with_tokenizer(
         config, policy, tokenizer, what="the supervised policy that the reward model starts from"
     )
+    check_stop_ids(config.sampling, tokenizer)
     longest = min(config.max_length or 2**31, context_length(policy))
     rows, training, evaluated = load_rankings(config, data, tokenizer, longest)
     if gold is None and config.gold is not None:
@@ -117,7 +120,7 @@ def load_parts(
     own_samples = policy_samples(policy, tokenizer, prompt_rows, config)
     classifier = classifier_from(merged(policy))
     train_adapter(classifier, config.lora, heads=["score"])
-    reward_model = RewardModel(classifier, tokenizer)
+    reward_model = RewardModel(classifier, tokenizer, batch_size=evaluation_batch(config.micro_batch_size))
     module = ComparisonModule(reward_model.network, policy if config.language_model_coef else None)
     return Parts(
         reward_model=reward_model,
@@ -220,11 +223,14 @@ def policy_samples(
     return batch.texts, sample(policy, tokenizer, batch, config.sampling, noise).texts
 
 
-def normalized(reward_model: RewardModel, parts: Parts) -> RewardModel:
-    """The reward model with the mean and scale by which the starting policy's own samples score 0 ± 1."""
-    raw = reward_model.raw_scores(reward_model.encode(*parts.own_samples))
-    reward_model.set_normalization(float(raw.mean()), max(float(raw.std(correction=0)), 1e-8))
-    return reward_model
+def normalize(reward_model: RewardModel, own_samples: tuple[list[str], list[str]]) -> None:
+    """Gives the reward model the mean and scale by which the starting policy's own samples score 0 ± 1.
+
+    Where these all score the same, there is no scale to divide by, and it is 1.
+    """
+    raw = reward_model.raw_scores(reward_model.encode(*own_samples))
+    mean, std = float(raw.mean()), float(raw.std(correction=0))
+    reward_model.set_normalization(mean, 1.0 if is_constant(mean, std) else std)
 
 
 def outcome_of(before: dict[str, float], after: dict[str, float], reward_model: RewardModel) -> dict[str, float]:

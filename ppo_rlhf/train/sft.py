@@ -25,9 +25,7 @@ from ppo_rlhf.seeding import uniform_rows
 from ppo_rlhf.settings import SamplingSettings
 from ppo_rlhf.train import Callback
 from ppo_rlhf.train.inputs import policy_with_tokenizer, training_and_held_out
-from ppo_rlhf.train.supervised import HeldOut, Task, batch_of, fit, num_steps_of, token_batches
-
-EVAL_BATCH = 64  # examples of one forward in evaluation
+from ppo_rlhf.train.supervised import HeldOut, Task, batch_of, evaluation_batch, fit, num_steps_of, token_batches
 
 
 def train(
@@ -64,8 +62,9 @@ def train(
 
     def evaluate() -> HeldOut:
         with evaluating(module), accelerator.autocast():
+            size = evaluation_batch(config.micro_batch_size)
             return HeldOut(
-                {"eval/loss": held_out_loss(module, eval_examples, accelerator)},
+                {"eval/loss": held_out_loss(module, eval_examples, accelerator, batch_size=size)},
                 responses_beside(shown, policy, tokenizer, longest=longest, seed=config.seed),
             )
 
@@ -121,20 +120,22 @@ def batches_of(
     return num_steps, lambda step: batch_of(step, num_steps, config, lengths)
 
 
-def held_out_loss(module: nn.Module, examples: Sequence[Example], accelerator: Accelerator) -> float:
+def held_out_loss(
+    module: nn.Module, examples: Sequence[Example], accelerator: Accelerator, *, batch_size: int
+) -> float:
     """Mean cross-entropy over all learnt tokens of all processes, in nats."""
     mine = examples[share_of(len(examples), accelerator)]
-    totals = example_losses(module, mine, accelerator.device).sum(0)
+    totals = example_losses(module, mine, accelerator.device, batch_size=batch_size).sum(0)
     nll, tokens = accelerator.reduce(totals).tolist()
     return nll / tokens
 
 
 @torch.no_grad()
-def example_losses(module: nn.Module, examples: Sequence[Example], device: torch.device) -> Tensor:
+def example_losses(module: nn.Module, examples: Sequence[Example], device: torch.device, *, batch_size: int) -> Tensor:
     """The cross-entropy of each example, summed over its learnt tokens, and how many these are. (N, 2) float64."""
     losses = [torch.zeros(0, 2, dtype=torch.float64, device=device)]  # a process may have no example
-    for start in range(0, len(examples), EVAL_BATCH):
-        logprobs, learnt = completion_logprobs(module, examples[start : start + EVAL_BATCH], device)
+    for start in range(0, len(examples), batch_size):
+        logprobs, learnt = completion_logprobs(module, examples[start : start + batch_size], device)
         nll = torch.where(learnt, -logprobs.double(), 0)
         losses.append(torch.stack([nll.sum(1), learnt.sum(1).double()], dim=1))
     return torch.cat(losses)

@@ -46,6 +46,11 @@ class Task:
     example: Callable[[int], dict[str, Any]]  # a row of the training data, for bad_samples.jsonl
 
 
+def evaluation_batch(micro_batch_size: int | None) -> int:
+    """Examples of one forward in evaluation: 64, fewer where a micro-batch has fewer."""
+    return min(64, micro_batch_size or 64)
+
+
 def num_steps_of(config: SupervisedConfig, num_examples: int, accelerator: Accelerator) -> int:
     """Optimizer steps of the whole run: every batch is full, what is left of a pass begins the next.
 
@@ -104,6 +109,8 @@ def fit(
             metrics |= held_out.metrics
             run.log_held_out(state.step, held_out.samples)
             quality = task.quality(held_out.metrics)
+            if math.isnan(quality):  # which nothing would beat
+                quality = -math.inf
             if quality > state.best or not config.keep_best or not state.after:
                 state = replace(state, best=quality, after=held_out.metrics)
                 with whole_weights(wrapped):
@@ -174,18 +181,22 @@ def _step(
     # The mean of the processes' gradients is taken, hence the count per process.
     count = torch.tensor(task.weight(rows) / accelerator.num_processes, device=accelerator.device)
     mine = rows[accelerator.process_index :: accelerator.num_processes]  # those of like length are neighbours
+    largest = -(-len(rows) // accelerator.num_processes)  # share of a process
 
     def gradient(size: int) -> Tensor:
         """Adds this process's gradient to the parameters'; → its loss."""
         total = torch.zeros((), device=accelerator.device)
-        for start in range(0, len(mine), size):
-            with local_gradients(wrapped, accelerator, last=start + size >= len(mine)):
-                loss = task.loss(wrapped, mine[start : start + size], count)
+        for start in range(0, largest, size):
+            part = mine[start : start + size]
+            with local_gradients(wrapped, accelerator, last=start + size >= largest):
+                loss = task.loss(wrapped, part or mine[-1:], count)
+                if not part:  # sharded models wait for all processes in each pass
+                    loss = 0 * loss
                 accelerator.backward(loss)
             total += loss.detach()
         return total
 
-    total = micro_batch.fitting(gradient, len(mine), undo=optimizer.zero_grad)
+    total = micro_batch.fitting(gradient, largest, undo=optimizer.zero_grad)
     average_gradients(wrapped.parameters(), accelerator)
     grad_norm = float(accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm))
     finite = math.isfinite(grad_norm)

@@ -248,6 +248,33 @@ def test_a_bf16_head_reduces_in_float32_and_keeps_what_is_left_of_a_sure_token(a
     assert sure.grad[0].tolist() == pytest.approx([3.35e-4, -3.35e-4], rel=0.01)
 
 
+@pytest.mark.usefixtures("slices", "budget")
+@pytest.mark.parametrize(("temperature", "scale"), [(1.0, 1.0), (0.5, 1.0), (1.0, 2.0), (0.01, 1e6)])
+def test_the_heads_gradient_is_finite_where_a_probability_underflows(temperature, scale):
+    logits = torch.tensor([[2.0, -1.0, -150.0, 1.5], [-300.0, 0.0, -1.0, -600.0]], dtype=torch.float64) * temperature
+    ids = torch.tensor([3, 0])
+    gradients = []
+    for whole in (leaf(logits), leaf(logits.float())):
+        if whole.dtype == torch.float64:
+            logprobs = (whole / temperature).log_softmax(-1)
+            entropy, chosen = -(logprobs.exp() * logprobs).sum(-1), logprobs[range(2), ids]
+        else:
+            chosen, entropy = head_logprobs(whole, torch.eye(4), ids, temperature=temperature)
+        (scale * (3 * entropy - chosen)).sum().backward()
+        gradients.append(whole.grad.double())
+    assert_close(gradients[1], gradients[0], atol=3e-6 * float(gradients[0].abs().max()))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0, 1e6])
+def test_the_gradient_of_the_entropy_is_finite_beside_impossible_tokens(scale):
+    possible = leaf(torch.tensor([2.0, -1.0, 1.5]))
+    everything = leaf(torch.tensor([2.0, -INFINITY, -1.0, -500.0, 1.5]))
+    for x in (possible, everything):
+        (scale * entropy_of(x[None, None])).sum().backward()
+    assert_close(everything.grad[[0, 2, 4]], possible.grad, atol=1e-6 * scale)
+    assert everything.grad[[1, 3]].tolist() == [0, 0]
+
+
 def test_a_head_whose_chosen_token_is_impossible_in_float32_says_how_impossible():
     logprobs, entropy = head_logprobs(torch.tensor([[200.0]]), torch.tensor([[1.0], [-1.0]]), torch.tensor([1]))
     assert logprobs.item() == -400

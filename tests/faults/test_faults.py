@@ -56,12 +56,13 @@ def test_a_full_disk_ends_the_run_with_one_line_and_costs_at_most_a_step(stage, 
     assert resumed(stage, words) == whole[stage]
 
 
+@pytest.mark.parametrize("folder", ["closed", "closed/run"])
 @pytest.mark.parametrize("stage", ["ppo", "classic"])
-def test_a_folder_that_may_not_be_written_is_named(stage, models, data):
+def test_a_folder_that_may_not_be_written_is_named(stage, folder, models, data):
     Path("closed").mkdir(mode=0o555)
-    words = words_of(stage, models, data, "closed/run")
+    words = words_of(stage, models, data, folder)
     assert ended(start(stage, words, Path.cwd(), like_any_user=True)) == 2
-    assert last_line().startswith("error: closed/run cannot be written: Permission denied")
+    assert last_line().startswith(f"error: {folder} cannot be written: Permission denied")
     assert list(Path("closed").iterdir()) == []
 
 

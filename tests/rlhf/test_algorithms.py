@@ -211,3 +211,23 @@ def test_the_moving_average_starts_at_the_weights_and_follows_them_slowly():
     assert module.weight.tolist() == [[5.0]]
     with averaged(module, {}):
         assert module.weight.tolist() == [[5.0]]
+
+
+def test_weights_that_are_not_trained_have_no_average():
+    module = torch.nn.Linear(1, 1)
+    rounded = torch.nn.Parameter(
+        torch.tensor([[200]], dtype=torch.uint8), requires_grad=False
+    )  # as bitsandbytes has it
+    module.weight = rounded
+    average = moving_average(moving_average({}, module, 0.75), module, 0.75)
+    assert average.keys() == {"average/bias"}
+    with averaged(module, average):
+        assert module.weight.tolist() == [[200]]
+
+
+def test_a_checkpoint_that_has_averages_of_frozen_weights_too_goes_on():
+    module = torch.nn.Linear(1, 1)
+    torch.nn.init.constant_(module.bias, 5.0)
+    module.weight.requires_grad_(False)
+    before = {"average/weight": module.weight.detach().clone(), "average/bias": torch.tensor([1.0])}
+    assert moving_average(before, module, 0.75)["average/bias"].tolist() == [2.0]  # ¾·1 + ¼·5

@@ -10,9 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from ppo_rlhf.adapters import train_adapter
 from ppo_rlhf.errors import UserError
-from ppo_rlhf.models import right_padded, tokenizer_with_pad
+from ppo_rlhf.models import BASE_CONFIG, load_policy, right_padded, save_policy, tokenizer_with_pad
 from ppo_rlhf.rewards import RewardModel, ScoringNetwork, load_reward, score
+from ppo_rlhf.settings import LoRASettings
 from ppo_rlhf.train.rankings import pair_tensors, rankings_of
 from ppo_rlhf.train.reward_evaluation import (
     accuracy_of,
@@ -20,7 +22,7 @@ from ppo_rlhf.train.reward_evaluation import (
     gold_pairs,
     held_out_metrics,
 )
-from ppo_rlhf.train.reward_model import classifier_from
+from ppo_rlhf.train.reward_model import classifier_from, normalize
 
 PROMPTS = ["the cat", "why is the sea", "a", "a dog ran"]
 RESPONSES = [" sat on the mat.", " so blue? go!", " dog", "!"]
@@ -86,6 +88,13 @@ def test_dropout_does_not_act_in_scoring():
     assert model.network.training
 
 
+def test_autocast_changes_no_score(architecture):
+    model = make_reward_model(architecture)
+    expected = model(PROMPTS, RESPONSES)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(PROMPTS, RESPONSES), expected)
+
+
 # ---------------------------------------------------------------------------------------------------- saving
 
 
@@ -128,6 +137,34 @@ def test_a_classifier_with_two_outputs_is_refused(tmp_path):
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="reward: "):
         RewardModel.load(tmp_path, setting="reward")
+
+
+@cases.every_architecture
+def test_a_policy_in_place_of_a_reward_model_is_refused(architecture, tmp_path):
+    save_policy(cases.make_model(architecture), cases.make_tokenizer(), tmp_path)
+    with pytest.raises(UserError, match=r"reward: .* is not a reward model, score.weight .* by ppo-rlhf reward"):
+        RewardModel.load(tmp_path, setting="reward")
+
+
+@pytest.mark.parametrize("saved_by", ["ours", "peft"])
+def test_a_policy_s_adapter_in_place_of_a_reward_model_is_refused(saved_by, tmp_path):
+    save_policy(cases.make_model(), cases.make_tokenizer(), tmp_path / "base")
+    policy, tokenizer = load_policy(str(tmp_path / "base"), setting="policy")
+    train_adapter(policy, LoRASettings(rank=2, merge=False))
+    save_policy(policy, tokenizer, tmp_path / "adapter", merge=False)
+    if saved_by == "peft":
+        (tmp_path / "adapter" / BASE_CONFIG).unlink()
+    with pytest.raises(UserError, match=r"reward: .* a reward model"):
+        RewardModel.load(tmp_path / "adapter", setting="reward")
+
+
+def test_samples_that_all_score_the_same_give_a_mean_and_leave_the_scale_at_one():
+    model = make_reward_model()
+    raw = model(PROMPTS[:1], RESPONSES[:1])
+    normalize(model, (PROMPTS[:1] * 3, RESPONSES[:1] * 3))
+    assert model.scale == 1.0
+    torch.testing.assert_close(model(PROMPTS, RESPONSES)[:1], torch.zeros(1), rtol=0, atol=1e-6)
+    assert model.mean == pytest.approx(float(raw), abs=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------- encode

@@ -60,6 +60,12 @@ def test_the_moments_of_the_reference_are_those_of_the_first_evaluation():
     assert reference_moments({"eval/score": 0.5, "eval/score_std": 3.0}, 40) == (0.5, 9.0, 40)
 
 
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 0.0), (-2.5, 0.0), (0.1, 1e-17), (300.0, 2e-5)])
+def test_a_reference_whose_scores_differ_by_rounding_alone_gives_no_scale(mean, std):
+    with pytest.raises(UserError, match=r"score_shaping.normalize=reference: .* 40 .* use none, or running"):
+        reference_moments({"eval/score": mean, "eval/score_std": std}, 40)
+
+
 @pytest.mark.parametrize("changes", [{"clip": 0.0}, {"length_penalty": -1.0}, {"free_length": -1}], ids=str)
 def test_shaping_that_makes_no_sense_is_refused_by_name(changes):
     (name,) = changes

@@ -1,12 +1,14 @@
 """A loop of one's own: the same numbers as the loop of `ppo_rlhf.train.ppo`, on explicit prompts, responses, scores."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_runs import STOPS, data, in_tmp_path, metrics_of, models, weights_of
 
 from ppo_rlhf.config import MissingEOS, PPOConfig
 from ppo_rlhf.errors import UserError
-from ppo_rlhf.models import load_policy
+from ppo_rlhf.models import load_policy, save_value_head
 from ppo_rlhf.reward_settings import ScoreShaping
 from ppo_rlhf.settings import LoRASettings, OptimizerSettings, PPOSettings, SamplingSettings
 from ppo_rlhf.stepwise import PPO
@@ -149,6 +151,25 @@ def test_a_run_saves_its_value_head_and_another_starts_from_it(models, data):
     own = PPO(config_of(models, policy="run/policy", value_head="run/value_head"))
     values = own.evaluate(QUERIES, own.generate(QUERIES)).values
     assert values.abs().max() > 1e-3
+
+
+def test_a_policy_s_folder_with_a_value_head_trains_without_values_too(models, data, tmp_path):
+    folder, _ = with_head(tmp_path / "trl", models, form="safetensors")
+    changes = {"advantage": "rloo", "responses_per_prompt": 2, "prompts": data["prompts"], "num_steps": 1}
+    ppo.train(config_of(models, policy=folder, output_dir="run", **changes), reward=lambda p, r, **_: vowels(r))
+    assert not Path("run/value_head").exists()
+
+
+def test_a_value_head_of_another_width_is_refused(models, tmp_path):
+    save_value_head(torch.nn.Linear(24, 1), tmp_path)
+    with pytest.raises(UserError, match=r"value_head: .* hidden states of 24 numbers, and the policy's have 16"):
+        PPO(config_of(models, value_head=str(tmp_path)))
+
+
+@pytest.mark.parametrize("changes", [{"advantage": "rloo", "responses_per_prompt": 2}, {"value_model": "separate"}])
+def test_a_value_head_is_refused_where_no_shared_value_function_starts_from_it(changes, models):
+    with pytest.raises(UserError, match=r"value_head=run/value_head starts a shared value function"):
+        config_of(models, value_head="run/value_head", **changes)
 
 
 def test_a_folder_without_a_value_head_is_named(models):

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_runs
@@ -390,6 +391,21 @@ def test_a_resumed_pipeline_samples_its_comparisons_as_its_policy_was_trained(me
         with pytest.raises(PowerCut):
             pipeline.run(replace(config, resume=resume))
     assert used == ["medium", "medium"]
+
+
+def test_a_process_without_a_prompt_to_compare_samples_nothing_and_asks_nobody(models, data, monkeypatch):
+    third = SimpleNamespace(
+        num_processes=3, process_index=2, is_main_process=False, device=torch.device("cpu"), wait_for_everyone=list
+    )
+    seen = []
+    monkeypatch.setattr(pipeline, "make_accelerator", lambda *_, **__: third)
+    monkeypatch.setattr(pipeline, "gathered", lambda pairs: seen.append(pairs) or pairs)
+    monkeypatch.setattr(pipeline, "call", None)
+    config = pipeline_config(models, data)
+    tokenizer = tiny_runs.tokenizer()
+    tiny_runs.save(Path("out/sft/policy"), tiny_runs.model(tokenizer), tokenizer)
+    pipeline.compare(replace(config, comparisons=replace(config.comparisons, num_prompts=2)), Path("out"))
+    assert seen == [[]]
 
 
 def test_how_another_kind_of_machine_multiplied_is_no_rule(tmp_path):

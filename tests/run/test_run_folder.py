@@ -9,11 +9,22 @@ from pathlib import Path
 import pytest
 import tiny_runs
 from accelerate import Accelerator
+from accelerate.utils import LoggerType
 from torch import nn
 
 from ppo_rlhf.config import SFTConfig
 from ppo_rlhf.errors import UserError
-from ppo_rlhf.run import LoopState, Run, gathered, new_folder, read_config, share_of, write_config, write_text
+from ppo_rlhf.run import (
+    LoopState,
+    Run,
+    gathered,
+    new_folder,
+    processes,
+    read_config,
+    share_of,
+    write_config,
+    write_text,
+)
 from ppo_rlhf.run.checkpoints import checkpoints_in, is_whole, load_checkpoint, replaced_folder, save_checkpoint
 
 
@@ -103,6 +114,20 @@ def test_a_checkpoint_that_fails_to_be_written_leaves_those_before_it(tmp_path, 
     save_checkpoint(tmp_path, LoopState(step=2), accelerator, keep=1)
     assert names(tmp_path) == ["step_000002"]
     assert is_whole(tmp_path / "step_000002")
+
+
+def test_a_folder_of_damaged_checkpoints_is_refused_instead_of_begun_anew(tmp_path, accelerator):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, LoopState(step=step), accelerator, keep=2)
+        (tmp_path / f"step_00000{step}" / "loop.json").write_text("{}")
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged; put a whole one there, or remove them"):
+        load_checkpoint(tmp_path, accelerator)
+
+
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(processes, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
+    with pytest.raises(UserError, match=r"log_with: wandb needs its package, .* pip install wandb"):
+        processes.make_accelerator(None, precision="no", log_with=("wandb",))
 
 
 def test_there_is_no_checkpoint_in_a_folder_that_does_not_exist(tmp_path, accelerator):

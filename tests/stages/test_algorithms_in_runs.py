@@ -30,6 +30,9 @@ def test_a_group_baseline_needs_no_values_and_compares_responses_to_one_prompt(m
     expected = paid[0] - paid[1] if advantage == "rloo" else sign
     for row, advantage_of in ((one, expected), (other, -expected)):
         assert row["advantages"] == pytest.approx([advantage_of] * len(row["tokens"]), abs=1e-4)
+    for row in [row for row in jsonl("out/samples.jsonl") if row["kind"] == "held-out"]:
+        assert row["rewards"]
+        assert not {"values", "advantages", "returns"} & row.keys()  # what they would be, a single response cannot tell
 
 
 def test_kl_in_the_loss_leaves_the_rewards_to_the_score(models, data):

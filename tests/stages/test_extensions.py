@@ -33,6 +33,9 @@ def test_the_monte_carlo_advantage_trains_as_gae_does_at_lambda_one(models, data
     for name in ("objective/score", "objective/kl", "loss/value", "value/explained_variance", "grad_norm"):
         assert own[name] == pytest.approx(gae[name], rel=1e-3)
     assert own["loss/value"] != pytest.approx(other["loss/value"], rel=1e-3)
+    for folder, shown in (("own", {"values"}), ("gae", {"values", "advantages", "returns"})):
+        for row in [row for row in jsonl(f"{folder}/samples.jsonl") if row["kind"] == "held-out"]:
+            assert {"values", "advantages", "returns"} & row.keys() == shown
 
 
 def test_a_response_that_is_paid_at_its_end_is_paid_the_same_in_sum(models, data):

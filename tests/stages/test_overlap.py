@@ -2,6 +2,8 @@
 
 import functools
 import threading
+import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,7 @@ from ppo_rlhf.policy import response_logprobs
 from ppo_rlhf.prompts import Prompts
 from ppo_rlhf.rewards import Scores
 from ppo_rlhf.rollout import Rollout
+from ppo_rlhf.run import LoopState
 from ppo_rlhf.sampling import Responses, decoding, sample
 from ppo_rlhf.settings import OptimizerSettings, PPOSettings, SamplingSettings
 from ppo_rlhf.train import ppo, ppo_batch
@@ -213,8 +216,10 @@ def test_each_process_gets_its_own_rollout_back(monkeypatch, models):
     tensors = tensors_of(batches[0])
     assert {len(tensor) for tensor in tensors.values()} == {4}
 
+    saved = LoopState(step=1, tensors={"average/weight": torch.ones(1), **tensors})
     for batch, accelerator in zip(batches, accelerators, strict=True):
-        found = restored_batch(tensors, 1, parts, config, accelerator)
+        state, found = restored_batch(saved, parts, config, accelerator)
+        assert state == replace(saved, tensors={"average/weight": saved.tensors["average/weight"]})
         assert found.prompts.texts == batch.prompts.texts
         for name in ("ids", "mask", "finished", "logprobs"):
             assert torch.equal(getattr(found.responses, name), getattr(batch.responses, name)), name
@@ -230,4 +235,23 @@ def test_each_process_gets_its_own_rollout_back(monkeypatch, models):
 
 def test_without_a_rollout_ahead_nothing_is_saved_or_restored():
     assert tensors_of(None) == {}
-    assert restored_batch({}, 1, None, None, None) is None
+    assert restored_batch(LoopState(), None, None, None) == (LoopState(), None)
+
+
+def test_a_rollout_ahead_is_gathered_for_a_checkpoint_alone(models, data, monkeypatch):
+    saved, made = [], ppo.tensors_of
+    monkeypatch.setattr(ppo, "tensors_of", lambda batch: saved.append(batch is not None) or made(batch))
+    ppo.train(config_of(models, data, sample_ahead=True, num_steps=5, save_every=2))
+    assert saved == [True, True, False]  # after 2, 4 and 5 steps
+
+
+def test_an_evaluation_does_not_call_a_reward_that_a_rollout_ahead_is_scored_by(models, data):
+    called = threading.Lock()
+
+    def reward(prompts, responses, **columns):
+        assert called.acquire(blocking=False)
+        time.sleep(0.1)
+        called.release()
+        return vowels(prompts, responses)
+
+    ppo.train(config_of(models, data, sample_ahead=True, gold=None, eval_every=1), reward=reward)

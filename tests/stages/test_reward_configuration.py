@@ -9,7 +9,7 @@ import tiny_runs
 from tiny_runs import STOPS, metrics_in_one_go_and_in_two, metrics_of, same_weights, settings_of, without_times
 
 from ppo_rlhf.cli import main
-from ppo_rlhf.config import PPOConfig
+from ppo_rlhf.config import MissingEOS, PPOConfig
 from ppo_rlhf.reward_settings import RewardPart, ScoreShaping
 from ppo_rlhf.rewards import Weighted, WeightedSum, exact_match
 from ppo_rlhf.settings import OptimizerSettings, SamplingSettings
@@ -117,6 +117,15 @@ def test_running_normalisation_goes_on_where_it_was(models, data):
     assert same_weights("parts/policy", "whole/policy")
     loop = json.loads(Path("whole/checkpoints/step_000004/loop.json").read_text())
     assert loop["score_moments"][2] == 16  # responses of four steps
+
+
+def test_running_normalisation_measures_the_best_policy_by_the_starting_one(models, data):
+    changes = {"score_shaping": ScoreShaping(normalize="running"), "missing_eos": MissingEOS("none")}
+    ppo.train(config_of(models, data, output_dir="out", save_every=2, **changes))
+    before, *_, after = metrics_of("out")
+    loop = json.loads(Path("out/checkpoints/step_000002/loop.json").read_text())
+    expected = (after["eval/score"] - before["eval/score"]) / before["eval/score_std"] - 0.05 * after["eval/kl"]
+    assert loop["best"] == pytest.approx(expected, rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------- dry run

@@ -13,6 +13,7 @@ import torch
 from tiny_runs import STOPS, metrics_of, same_weights, without_times
 
 from ppo_rlhf.config import MissingEOS, PPOConfig, RewardConfig, SFTConfig
+from ppo_rlhf.errors import UserError
 from ppo_rlhf.models import load_policy
 from ppo_rlhf.report import outcome_lines, write_report
 from ppo_rlhf.rewards import RewardModel
@@ -129,6 +130,16 @@ def test_the_three_stages_take_objects_instead_of_paths(models):
     assert summary["gold_score_before"] == 0.5
     assert any(not torch.equal(before[name], value) for name, value in policy.state_dict().items())
     assert [row["objective/gold_score"] for row in metrics_of("ppo")[1:]] == [1.5, 1.5]
+
+
+@pytest.mark.parametrize("given", ["policy", "tokenizer"])
+@pytest.mark.parametrize("stage", [sft, reward_model, ppo])
+def test_a_policy_or_a_tokenizer_alone_is_refused(stage, given, models, data):
+    config = {sft: sft_config, reward_model: reward_config, ppo: ppo_config}[stage](models, data, output_dir="out")
+    made = dict(zip(("policy", "tokenizer"), load_policy(models["llama"], setting="test"), strict=True))
+    with pytest.raises(UserError, match="policy and tokenizer go together"):
+        stage.train(config, **{given: made[given]})
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("module", [sft, reward_model])
@@ -343,6 +354,14 @@ def test_the_learning_rate_follows_its_schedule(models, data):
     assert [row["lr"] for row in metrics_of("ppo")[1:]] == pytest.approx([1e-2, 0.75e-2, 0.5e-2, 0.25e-2])
 
 
+def test_an_evaluation_that_is_not_a_number_is_never_the_best(models, data, monkeypatch):
+    losses = iter([6.0, math.nan, 5.0, math.nan, 5.5])  # before and after each of four steps
+    monkeypatch.setattr(sft, "held_out_loss", lambda *_, **__: next(losses))
+    summary = sft.train(sft_config(models, data, batch_size=8, eval_every=1))
+    assert next(losses, None) is None
+    assert summary["loss_after"] == 5.0
+
+
 # ------------------------------------------------------------------------------------------ reward model
 
 
@@ -495,7 +514,8 @@ def test_ppo_raises_the_score_of_an_easy_reward(models, data):
 
 
 def test_the_best_policy_by_score_minus_kl_is_kept_beside_the_last_one(models, data):
-    ppo.train(ppo_config(models, data, num_steps=4, eval_every=1, optimizer=OptimizerSettings(lr=0.1)))
+    settings = {"num_steps": 4, "eval_every": 1, "missing_eos": MissingEOS("none")}
+    ppo.train(ppo_config(models, data, **settings, optimizer=OptimizerSettings(lr=0.1)))
     rows = metrics_of("ppo")[1:]
     quality = [row["eval/score"] - 0.05 * row["eval/kl"] for row in rows]
     best = quality.index(max(quality))
