@@ -28,6 +28,7 @@ from ppo_rlhf.sampling import sample
 from ppo_rlhf.settings import PPOSettings, SamplingSettings
 from ppo_rlhf.train.memory_estimate import activation_bytes, estimate_ppo, estimate_sft
 from ppo_rlhf.train.ppo_parts import load_parts
+from ppo_rlhf.train.reward_model import classifier_from
 from ppo_rlhf.train.sft import CompletionModule, completion_logprobs, load_examples
 from ppo_rlhf.update import ppo_update
 
@@ -35,12 +36,22 @@ from ppo_rlhf.update import ppo_update
 def ppo_config(models, data, **changes):
     settings = {
         "policy": models["gpt2"],
-        "reward": models["gpt2"],  # a language model with a new head
+        "reward": "user.py:length",
         "prompts": data["prompts"],
         "batch_size": 8,
         "sampling": SamplingSettings(max_new_tokens=6, stop_token_ids=STOPS),
     }
     return PPOConfig(**settings | changes)
+
+
+@pytest.fixture(scope="module")
+def reward_models(models, tmp_path_factory):
+    """A reward model on the trunk of each of these models."""
+    folder = tmp_path_factory.mktemp("reward_models")
+    for name in ("gpt2", "llama", "pad_is_eos"):
+        policy, tokenizer = load_policy(models[name], setting="policy")
+        RewardModel(classifier_from(policy), tokenizer).save(folder / name)
+    return {name: str(folder / name) for name in ("gpt2", "llama", "pad_is_eos")}
 
 
 def bytes_of(tensors):
@@ -49,9 +60,9 @@ def bytes_of(tensors):
 
 @pytest.mark.parametrize("value_model", ["shared", "separate"])
 @pytest.mark.parametrize("policy", ["gpt2", "llama", "pad_is_eos"])
-def test_weights_gradients_and_optimizer_are_told_to_the_byte(policy, value_model, models, data):
+def test_weights_gradients_and_optimizer_are_told_to_the_byte(policy, value_model, models, reward_models, data):
     """Also where a pad token is added, for which the embeddings grow."""
-    reward = {"reward": models["gpt2"]} if policy == "gpt2" else {"reward": "user.py:length"}
+    reward = {"reward": reward_models["gpt2"]} if policy == "gpt2" else {}
     config = ppo_config(models, data, policy=models[policy], value_model=value_model, **reward)
     estimate = estimate_ppo(config)
     accelerator = make_accelerator(None, precision="no", log_with=(), cpu=True)
@@ -71,17 +82,17 @@ def test_weights_gradients_and_optimizer_are_told_to_the_byte(policy, value_mode
     assert estimate.phases["update"]["gradients"] == bytes_of(p.grad for p in parts.model.parameters())
 
 
-def test_every_model_of_a_reward_of_parts_is_told_and_neither_functions_nor_servers_are(models, data):
+def test_every_model_of_a_reward_of_parts_is_told_and_neither_functions_nor_servers_are(models, reward_models, data):
     reward = (
-        RewardPart((models["gpt2"], models["llama"]), name="quality", ensemble="min"),
+        RewardPart((reward_models["gpt2"], reward_models["llama"]), name="quality", ensemble="min"),
         RewardPart("user.py:length"),
         RewardPart("http://localhost:9/score", name="server"),
-        RewardPart(models["pad_is_eos"]),
+        RewardPart(reward_models["pad_is_eos"]),
     )
     told = estimate_ppo(ppo_config(models, data, reward=reward)).parts
     assert list(told) == ["policy", "reference", "reward model 1", "reward model 2", "reward model 3", "optimizer"]
     for name, folder in zip(list(told)[2:5], ("gpt2", "llama", "pad_is_eos"), strict=True):
-        loaded = RewardModel.load(models[folder], setting="reward")
+        loaded = RewardModel.load(reward_models[folder], setting="reward")
         assert told[name] == bytes_of([*loaded.network.parameters(), *loaded.network.buffers()])
 
 
@@ -90,8 +101,11 @@ def test_a_server_as_reward_is_not_looked_for_in_a_folder(models, data):
     assert list(told) == ["policy", "reference", "optimizer"]
 
 
-def test_models_that_are_frozen_in_bf16_take_half(models, data):
-    whole, half = (estimate_ppo(ppo_config(models, data, frozen_precision=each)).parts for each in ("no", "bf16"))
+def test_models_that_are_frozen_in_bf16_take_half(models, reward_models, data):
+    whole, half = (
+        estimate_ppo(ppo_config(models, data, reward=reward_models["gpt2"], frozen_precision=each)).parts
+        for each in ("no", "bf16")
+    )
     for name in ("reference", "reward model"):
         assert half[name] * 2 == whole[name]
     assert half["policy"] == whole["policy"]
@@ -149,7 +163,7 @@ def test_an_update_takes_what_was_told(value_model, gradient_checkpointing, wide
     config = ppo_config(
         {"gpt2": wider}, data, value_model=value_model, gradient_checkpointing=gradient_checkpointing, ppo=settings
     )
-    config = replace(config, batch_size=32, sampling=SamplingSettings(max_new_tokens=40, stop_token_ids=(300,)))
+    config = replace(config, batch_size=32, sampling=SamplingSettings(max_new_tokens=40, stop_token_ids=(299,)))
     accelerator = make_accelerator(None, precision="no", log_with=(), cpu=True)
     parts = load_parts(config, accelerator, *[None] * 6)
     ids = sorted(parts.prompts.ids, key=len)[-1]
@@ -196,12 +210,12 @@ def test_a_supervised_update_takes_what_was_told(tmp_path):
 
 def test_sampling_takes_what_was_told(wider, data):
     """Keys, values and logits of 32 rows, within a fifth."""
-    sampling = SamplingSettings(max_new_tokens=40, stop_token_ids=(300,))
+    sampling = SamplingSettings(max_new_tokens=40, stop_token_ids=(299,))
     config = ppo_config({"gpt2": wider}, data, batch_size=32, sampling=sampling)
     accelerator = make_accelerator(None, precision="no", log_with=(), cpu=True)
     parts = load_parts(config, accelerator, *[None] * 6)
     prompts = parts.prompts.batch(range(32), torch.device("cpu"))
-    noise = torch.rand(32, 40)
+    noise = 0.9 * torch.rand(32, 40)  # never draws the last id: no row stops
 
     def work():
         sample(parts.model.language_model, parts.tokenizer, prompts, sampling, noise)
