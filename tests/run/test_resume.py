@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -313,25 +314,31 @@ def test_a_damaged_checkpoint_is_told_of_on_stderr_so_that_json_stays_alone(inte
     assert "step_000004 is damaged" in captured.err
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_starts_again(interrupted):
-    sft.train(replace(interrupted, output_dir="whole", resume=False))
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_keeps_what_it_measured(interrupted):
+    measured = Path("out/metrics.jsonl").read_bytes()
     for checkpoint in Path("out/checkpoints").iterdir():
         damage(checkpoint, "a cut file")
+    with pytest.raises(UserError, match="every checkpoint in out/checkpoints is damaged"):
+        sft.train(interrupted)
+    assert Path("out/metrics.jsonl").read_bytes() == measured
+    shutil.rmtree("out/checkpoints")
     sft.train(interrupted)
+    sft.train(replace(interrupted, output_dir="whole", resume=False))
     assert metrics_of("out") == metrics_of("whole")
 
 
 def test_a_damaged_checkpoint_never_displaces_a_good_one(models, data, monkeypatch):
-    config = sft_config(models, data, output_dir="out", keep_checkpoints=1)
-    for step in (6, 4):  # interrupted after the checkpoint of step 4, which is then damaged; and after that of step 2
-        with monkeypatch.context() as patch:
-            interrupt(patch, step)
-            with pytest.raises(PowerCut):
-                sft.train(config)
-        if step == 6:
-            damage(Path("out/checkpoints/step_000004"), "a cut file")
-        config = replace(config, resume=True)
-    assert Path("out/checkpoints/step_000002").exists()
+    config = sft_config(models, data, output_dir="out", keep_checkpoints=2)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 6)
+        with pytest.raises(PowerCut):
+            sft.train(config)
+    damage(Path("out/checkpoints/step_000004"), "a cut file")
+    with monkeypatch.context() as patch:
+        interrupt(patch, 4)
+        with pytest.raises(PowerCut):
+            sft.train(replace(config, resume=True, save_every=1, keep_checkpoints=1))
+    assert [path.name for path in Path("out/checkpoints").iterdir()] == ["step_000003"]
 
 
 def test_a_run_that_ended_between_its_last_step_and_its_summary_is_finished_by_resume(models, data, monkeypatch):
