@@ -15,7 +15,10 @@ from safetensors.torch import load_file
 
 from ppo_rlhf import compute
 from ppo_rlhf.config import MissingEOS, PPOConfig
+from ppo_rlhf.models import load_policy
+from ppo_rlhf.rewards import RewardModel
 from ppo_rlhf.settings import OptimizerSettings, PPOSettings, SamplingSettings
+from ppo_rlhf.train.reward_model import classifier_from
 
 WORDS = ["red", "blue", "green", "fish", "bird", "stone", "river", "small", "bright", "old"]
 STOPS = tuple(range(2, 62))  # ids that end a response in many of these tests: an untrained model then stops by itself
@@ -251,6 +254,13 @@ def metrics_in_one_go_and_in_two(config, *, cut_at):
 
 
 # ---------------------------------------------------------------------------------------------------- fixtures
+
+
+def reward_model_on(source, folder):
+    """A reward model with a random head on the trunk of a saved policy. → its folder."""
+    policy, tokenizer = load_policy(source, setting="policy")
+    RewardModel(classifier_from(policy), tokenizer).save(Path(folder))
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

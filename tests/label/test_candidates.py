@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_runs import reward_model_on
 
 from ppo_rlhf.candidates import samples_of_one, samples_of_two, uncertainty_order
 from ppo_rlhf.cli import main
@@ -55,10 +56,14 @@ def test_a_run_without_prompts_needs_some(models):
         prompt_rows(models["gpt2"], None)
 
 
-def test_the_least_sure_pair_comes_first(models, monkeypatch):
+def test_the_least_sure_pair_comes_first(models, tmp_path, monkeypatch):
     monkeypatch.setattr(RewardModel, "__call__", lambda self, prompts, responses: torch_of(responses))
     pairs = {7: Pair("p", ["1", "5"]), 8: Pair("p", ["3.5", "3"]), 9: Pair("p", ["0", "4", "2"])}
-    assert uncertainty_order(pairs, models["gpt2"]) == {7: 4.0, 8: 0.5, 9: 2.0}
+    assert uncertainty_order(pairs, reward_model_on(models["gpt2"], tmp_path / "reward_model")) == {
+        7: 4.0,
+        8: 0.5,
+        9: 2.0,
+    }
 
 
 def torch_of(responses):

@@ -28,7 +28,6 @@ from ppo_rlhf.sampling import sample
 from ppo_rlhf.settings import PPOSettings, SamplingSettings
 from ppo_rlhf.train.memory_estimate import activation_bytes, estimate_ppo, estimate_sft
 from ppo_rlhf.train.ppo_parts import load_parts
-from ppo_rlhf.train.reward_model import classifier_from
 from ppo_rlhf.train.sft import CompletionModule, completion_logprobs, load_examples
 from ppo_rlhf.update import ppo_update
 
@@ -48,10 +47,7 @@ def ppo_config(models, data, **changes):
 def reward_models(models, tmp_path_factory):
     """A reward model on the trunk of each of these models."""
     folder = tmp_path_factory.mktemp("reward_models")
-    for name in ("gpt2", "llama", "pad_is_eos"):
-        policy, tokenizer = load_policy(models[name], setting="policy")
-        RewardModel(classifier_from(policy), tokenizer).save(folder / name)
-    return {name: str(folder / name) for name in ("gpt2", "llama", "pad_is_eos")}
+    return {name: tiny_runs.reward_model_on(models[name], folder / name) for name in ("gpt2", "llama", "pad_is_eos")}
 
 
 def bytes_of(tensors):
