@@ -84,7 +84,7 @@ def markdown(
     lines = [
         "# What the details are worth",
         "",
-        f"{len(config.env_ids)} environments, {len(config.seeds)} seeds.",
+        f"{', '.join(config.env_ids)}; seeds {', '.join(map(str, config.seeds))}.",
         "",
         "| detail | score | 95 % interval | worth | 95 % interval |",
         "|---|---:|---:|---:|---:|",
