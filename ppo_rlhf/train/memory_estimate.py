@@ -106,7 +106,8 @@ def estimate_ppo(config: PPOConfig) -> MemoryEstimate:
     policy, tokenizer = _policy(config, "the supervised policy to start from")
     reference = policy
     if config.reference is not None:
-        reference, _ = policy_without_weights(config.reference, setting="reference")
+        trusted = config.trust_remote_code
+        reference, _ = policy_without_weights(config.reference, setting="reference", trust_remote_code=trusted)
     source = named(config.reward, "reward", "a reward model's folder, or module:function")
     reward = load_reward(source, setting="reward", device="meta")
     frozen = {"reference": reference} | _networks(reward, "reward model")
@@ -116,7 +117,7 @@ def estimate_ppo(config: PPOConfig) -> MemoryEstimate:
         config, tokenizer, None, context_length(policy) - config.sampling.max_new_tokens
     )
     value_model = value_model_of(config, policy, tokenizer, reward)
-    model = PolicyWithValue(policy, value_model=value_model)
+    model = PolicyWithValue(policy, value_model=value_model, with_values=config.has_values)
     disable_dropout(model)
 
     halved = 2 if config.frozen_precision == "bf16" else 1

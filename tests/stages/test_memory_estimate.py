@@ -97,6 +97,15 @@ def test_a_server_as_reward_is_not_looked_for_in_a_folder(models, data):
     assert list(told) == ["policy", "reference", "optimizer"]
 
 
+def test_without_values_there_is_no_head_for_them(models, data):
+    with_head, without = (
+        estimate_ppo(ppo_config(models, data, advantage=each, responses_per_prompt=2)).parts["policy"]
+        for each in ("gae", "rloo")
+    )
+    policy, _ = load_policy(models["gpt2"], setting="policy")
+    assert with_head - without == 4 * (policy.config.hidden_size + 1)
+
+
 def test_models_that_are_frozen_in_bf16_take_half(models, reward_models, data):
     whole, half = (
         estimate_ppo(ppo_config(models, data, reward=reward_models["gpt2"], frozen_precision=each)).parts
