@@ -12,6 +12,7 @@ TOKENS = 20_000  # in one page, all runs together: some two megabytes
 FEWEST = 3  # steps, however long their responses are: early, middle and late
 DIGITS = 5
 COLUMNS = ("logprobs", "ref_logprobs", "entropy", "rewards", "values", "advantages", "returns")
+OF_VALUES = ("values", "returns")  # columns that say nothing where there is no value function
 
 
 def inspected(records: Sequence[Record], names: Sequence[str]) -> list[dict[str, Any]]:
@@ -24,12 +25,15 @@ def inspected(records: Sequence[Record], names: Sequence[str]) -> list[dict[str,
 
 def _inspected(record: Record, name: str, most: int) -> dict[str, Any]:
     beta = points_of(record, "kl_coef")
+    advantage = record.setting("advantage", "gae")
+    columns = [name for name in COLUMNS if advantage not in ("rloo", "grpo") or name not in OF_VALUES]
     kinds = {}
     for kind in ("held-out", "rollout"):
         rows = [row for row in record.samples if row.get("kind") == kind]
-        kinds[kind] = [_row(row, beta) for row in _thinned(rows, most // 2)]
+        kinds[kind] = [_row(row, beta, columns) for row in _thinned(rows, most // 2)]
     return {
         "name": name,
+        "advantage": advantage if isinstance(advantage, str) else advantage["name"],
         "gamma": record.setting("gamma", 1.0),
         "lambda": record.setting("gae_lambda", 0.95),
         "clip": record.setting("ppo.clip_range"),
@@ -48,9 +52,9 @@ def _thinned(rows: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
     return [row for row in rows if row["step"] in chosen]
 
 
-def _row(row: dict[str, Any], beta: dict[int, float]) -> dict[str, Any]:
-    """One response. Columns that an older run did not write are absent."""
-    columns = {name: [_short(number) for number in row[name]] for name in COLUMNS if name in row}
+def _row(row: dict[str, Any], beta: dict[int, float], names: Sequence[str]) -> dict[str, Any]:
+    """One response, with these columns. Those that an older run did not write are absent."""
+    columns = {name: [_short(number) for number in row[name]] for name in names if name in row}
     numbers = {name: row[name] for name in ("score", "gold_score", "kl") if name in row}
     return {
         "step": row["step"],

@@ -78,6 +78,24 @@ def test_pointing_at_a_token_shows_its_numbers_and_the_formula(page):
     assert "within ε: its gradient flows" in told
 
 
+@pytest.mark.parametrize(
+    ("advantage", "told"),
+    [
+        ("rloo", "Σ rewards of the response − their mean over the prompt's other responses"),
+        ("grpo", "(Σ rewards of the response − their mean over the prompt's responses) / their standard deviation"),
+        ("mine.py:estimate", "by mine.py:estimate"),
+        ({"name": "mine.py:estimate", "arguments": {"scale": 2}}, "by mine.py:estimate"),
+    ],
+)
+def test_an_advantage_that_is_no_gae_is_not_explained_as_one(browser, tmp_path, advantage, told):
+    with opened(browser, write_run(tmp_path / "run", advantage=advantage)) as page:
+        page.select_option("#kind", "rollouts")
+        tokens_of(page, 1).nth(11).hover()
+        assert told in card(page)
+        assert "δ" not in card(page)
+        assert ("A + V" in card(page)) == ("mine" in told)  # against others there is no value function
+
+
 def test_after_another_epoch_the_ratio_has_moved_and_the_clip_holds(page):
     page.select_option("#kind", "rollouts")
     page.select_option("#quantity", "clip")

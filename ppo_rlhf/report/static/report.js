@@ -54,8 +54,15 @@ function rewardOf(row, reward, kl, last) {
   return `−β·KL + score = −${shown(row.kl_coef)}·${signed(kl)} + ${signed(score)} = ${shown(reward)}${ruled}`;
 }
 
+// Of estimators other than GAE: the same for all tokens of a response.
+const AGAINST_OTHERS = {
+  rloo: "Σ rewards of the response − their mean over the prompt's other responses",
+  grpo: "(Σ rewards of the response − their mean over the prompt's responses) / their standard deviation",
+};
+
 // A = δ + γλ·A of the next token, before whitening, as it follows from returns and values.
 function advantageOf(run, row, t) {
+  if (run.advantage !== "gae") return AGAINST_OTHERS[run.advantage] ?? `by ${run.advantage}`;
   if (!row.returns || !row.values) return "";
   const raw = (place) => (place < row.tokens.length ? row.returns[place] - row.values[place] : 0);
   const [now, next] = [raw(t), raw(t + 1)];
