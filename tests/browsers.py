@@ -45,7 +45,7 @@ def page_of(browser, address, *, allowed=(), **options):
     context.close()
 
 
-def look(page):
+def assert_accessible(page):
     """Fails for what an accessibility checker finds serious, and for a page that scrolls sideways."""
     found = [
         (each["id"], each["impact"], [node["html"] for node in each["nodes"]])

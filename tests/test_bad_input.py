@@ -709,7 +709,7 @@ def test_a_real_command_exits_with_code_2_and_one_line(line, named, paths):
 
 
 def test_a_command_that_is_asked_for_json_keeps_stdout_empty_when_it_refuses(paths, capfd):
-    refused(capfd, words_of("sft --json --batch_size 0", paths))
+    assert "batch_size=0" in refused(capfd, words_of("sft --json --batch_size 0", paths))
 
 
 def test_the_command_lines_above_work_without_their_mistakes(paths, capfd):

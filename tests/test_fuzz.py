@@ -87,7 +87,7 @@ def nested(dotted):
     return made
 
 
-def read_or_refused(line, execute, words):
+def assert_read_or_refused(line, execute, words):
     """A command ends with 0 and no word, or with 2 and one line; and leaves nothing behind."""
     before, told = sorted(os.listdir(".")), io.StringIO()
     with contextlib.redirect_stderr(told):
@@ -109,7 +109,7 @@ def test_settings_of_any_value_are_read_or_refused_in_one_line(command, data):
     config = data.draw(st.one_of(named.map(nested), named, st.dictionaries(TEXTS, VALUES, max_size=3), VALUES))
     words = data.draw(st.just([]) | st.tuples(st.sampled_from(known).map(lambda name: f"--{name}"), TEXTS).map(list))
     Path("config.yaml").write_text(yaml.safe_dump(config, allow_unicode=True), "utf-8", "surrogatepass")
-    read_or_refused(
+    assert_read_or_refused(
         line, lambda _, found: settings_in(found, kind) and None, [command, "--config", "config.yaml", *words]
     )
 
@@ -128,7 +128,7 @@ def test_settings_of_any_value_are_read_or_refused_in_one_line(command, data):
 @example(b"\xef\xbb\xbfseed: 3")
 def test_a_configuration_of_any_bytes_is_read_or_refused_in_one_line(content):
     Path("config.yaml").write_bytes(content)
-    read_or_refused(PROGRAMS["sft"], lambda *_: None, ["sft", "--config", "config.yaml"])
+    assert_read_or_refused(PROGRAMS["sft"], lambda *_: None, ["sft", "--config", "config.yaml"])
 
 
 # ---------------------------------------------------------------------------------------------------------- data
@@ -188,5 +188,5 @@ def test_data_of_any_kind_are_read_or_refused_in_one_line(stage, tokenizer, data
     )
     Path(name).write_bytes(content)
     line = CommandLine("fuzz", "", {"sft": Command("")})
-    read_or_refused(line, lambda *_: consumed(stage, name, tokenizer), ["sft"])
+    assert_read_or_refused(line, lambda *_: consumed(stage, name, tokenizer), ["sft"])
     Path(name).unlink()

@@ -134,7 +134,8 @@ def run(folder: Path, plan: Plan, *, workers: int) -> Results:
         )
     begin(folder, plan, may_change=["num_seeds"])
     run_grid(shared_jobs(folder, plan), workers=workers, title="supervised policies and reward models")
-    write_random_heads(folder, plan)
+    if any(RANDOM_HEAD in variant.settings.values() for variant in plan.variants):
+        write_random_heads(folder, plan)
     run_grid(variant_jobs(folder, plan), workers=workers, title="variants")
     results = measured(folder, plan)
     write_findings(folder, results, document_of(results, plan))

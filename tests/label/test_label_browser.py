@@ -5,7 +5,7 @@ import json
 
 import pytest
 import tiny_runs
-from browsers import look, page_of
+from browsers import assert_accessible, page_of
 from label_cases import choices_in, click, done, press, rows
 from tiny_runs import write_rows
 
@@ -263,20 +263,20 @@ def test_axe_finds_nothing_serious_and_nothing_scrolls_sideways(serve, browser, 
     for scheme, width in itertools.product(("light", "dark"), (360, 768, 1600)):
         with page_of(browser, server.address, color_scheme=scheme) as page:
             page.set_viewport_size({"width": width, "height": 900})
-            look(page)
+            assert_accessible(page)
             page.fill("#name", f"{scheme} {width}")
             page.get_by_role("button", name="Begin").click()
             page.wait_for_selector("#task")
-            look(page)
+            assert_accessible(page)
             if page.locator("#choice").count():
                 page.keyboard.press("n")
                 page.evaluate("document.querySelector('.keys').open = true")
-                look(page)
+                assert_accessible(page)
                 page.keyboard.press("Escape")
                 press(page, "x" if view == "ranking" else "1")
-                look(page)
+                assert_accessible(page)
             page.goto(server.address + "statistics")
-            look(page)
+            assert_accessible(page)
     server.end()
 
 

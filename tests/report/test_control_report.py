@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from browsers import look, page_of
+from browsers import assert_accessible, page_of
 
 from classic import cli as classic
 from ppo_rlhf.cli import main
@@ -214,4 +214,4 @@ def test_axe_finds_nothing_serious_and_nothing_scrolls_sideways(runs, browser, s
         page.wait_for_selector(".field canvas")
         for width in (360, 768, 1600):
             page.set_viewport_size({"width": width, "height": 900})
-            look(page)
+            assert_accessible(page)

@@ -4,7 +4,7 @@ import itertools
 import re
 
 import pytest
-from browsers import look, page_of
+from browsers import assert_accessible, page_of
 from report_cases import TEXTS, write_run
 from tiny_runs import jsonl, write_rows
 
@@ -245,4 +245,4 @@ def test_a_checker_finds_nothing_serious_and_nothing_scrolls_sideways(browser, t
             page.select_option("#kind", kind)
             page.select_option("#quantity", "advantage")
             tokens_of(page).nth(1).click()
-            look(page)
+            assert_accessible(page)

@@ -78,7 +78,7 @@ def ppo_config(models, files, /, **changes):
     return PPOConfig(**settings | changes)
 
 
-def close(one, other, tolerance=1e-5, without=()):
+def assert_close(one, other, tolerance=1e-5, without=()):
     """The metrics of two runs agree in every number but the times."""
     for a, b in zip(without_times(metrics_of(one)), without_times(metrics_of(other)), strict=True):
         a, b = ({name: row[name] for name in row if name not in without} for row in (a, b))
@@ -213,8 +213,8 @@ def test_the_size_of_micro_batches_changes_nothing(stage, models, data):
         if stage == "reward":
             changes = changes | {"language_model_coef": 0.3, "data": data["rankings"]}
         module.train(config_of(models, data, output_dir=folder, optimizer=OptimizerSettings(lr=1e-3), **changes))
-    close("threes", "whole")
-    close("ones", "whole")
+    assert_close("threes", "whole")
+    assert_close("ones", "whole")
 
 
 @pytest.mark.parametrize("policy", ["gpt2", "llama"])
@@ -231,13 +231,13 @@ def test_gradient_checkpointing_changes_nothing_but_memory(policy, value_model, 
                 value_model=value_model,
             )
         )
-    close("with", "without")
+    assert_close("with", "without")
 
 
 def test_the_batch_size_of_sampling_changes_nothing(models, data):
     for folder, size in (("one", 256), ("two", 3)):
         ppo.train(ppo_config(models, data, output_dir=folder, sampling=replace(SAMPLING, batch_size=size)))
-    close("one", "two", tolerance=1e-4)
+    assert_close("one", "two", tolerance=1e-4)
 
 
 # -------------------------------------------------------------------------------------------- supervised
